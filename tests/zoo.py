@@ -39,7 +39,14 @@ ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 @dataclass(frozen=True)
 class TinyModel:
-    """One architecture of the zoo: how to build it and the facts tests rely on."""
+    """One architecture of the zoo: how to build it and the facts tests rely on.
+
+    gqa: query heads per key head as the attention function sees them.
+    full_layers: decoder layers with softmax attention over all keys.
+    asymmetric: key and value head dimensions differ.
+    learned_positions: left-padded forwards need position_ids.
+    padding_exact, cached_exact: unpatched padded rows and cached decoding agree to 1e-5.
+    """
 
     name: str
     model_cls: str
@@ -53,6 +60,7 @@ class TinyModel:
     softcap: bool = False
     sinks: bool = False
     vision: bool = False
+    asymmetric: bool = False
     learned_positions: bool = False
     padding_exact: bool = True
     cached_exact: bool = True
@@ -78,7 +86,10 @@ def fan_in(module: nn.Module, weight: Tensor) -> int:
 
 @torch.no_grad()
 def randomize(model: nn.Module, gain: float = 1.3) -> None:
-    """Redraw matrices with a sizeable scale and perturb vectors around their defaults."""
+    """Redraw matrices with a sizeable scale and perturb vectors around their defaults.
+
+    Recurrent decays (A_log) are drawn slow: summed over padding, fast ones cost float32 digits.
+    """
     seen: set[int] = set()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -87,6 +98,8 @@ def randomize(model: nn.Module, gain: float = 1.3) -> None:
             seen.add(id(weight))
             if name == "sinks":
                 weight.normal_(0.5, 1.0)
+            elif name == "A_log":
+                weight.uniform_(-5.0, -2.0)
             elif weight.dim() < 2:
                 weight.add_(torch.randn_like(weight), alpha=0.1)
             elif isinstance(module, nn.Embedding):
@@ -147,6 +160,7 @@ FALCON_H1 = {
 }
 QWEN3_NEXT = {
     **MOE,
+    "rms_norm_eps": 1e-4,
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "shared_expert_intermediate_size": 32,
@@ -191,7 +205,7 @@ def _plain_models() -> list[TinyModel]:
         _text("phi3", "Phi3", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}, notes="fused qkv_proj"),
         _text("gpt2", "GPT2", GPT2, gqa=1, notes="Conv1D projections", **gpt2),
         _text("gpt_neox", "GPTNeoX", {"rotary_pct": 0.5}, gqa=1, notes="fused query_key_value"),
-        _text("deepseek_v3", "DeepseekV3", DEEPSEEK, gqa=1, notes="keys 24, values 16, latent cache; MoE"),
+        _text("deepseek_v3", "DeepseekV3", DEEPSEEK, gqa=1, asymmetric=True, notes="latent cache; MoE"),
         _text("granite", "Granite", {"attention_multiplier": 0.25, "residual_multiplier": 0.7}),
         _text("olmo2", "Olmo2", {}, notes="query and key norm over all heads"),
         _text("smollm3", "SmolLM3", {"no_rope_layers": [1, 1, 0]}, notes="no rotary in layer 2"),
