@@ -1,0 +1,101 @@
+"""What a method sees of one attention call: real tokens only, padding already taken away."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .selection import Layout
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One layer call for rows that share their padding; query `n` sits at position `off + n`.
+
+    q `[B, Hq, Lq, D]`, k `[B, Hkv, Lk, D]`, v `[B, Hkv, Lk, Dv]` after RoPE, key-value heads not repeated.
+    `rows` are the batch rows served; `state` survives from prefill to decode and dies with the cache.
+    """
+
+    layer: int
+    num_layers: int
+    phase: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    rows: tuple[int, ...] = ()
+    hidden: Tensor | None = None
+    module: nn.Module | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+    states: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What methods remember for these rows of this cache and layer; empty at first, and without a cache."""
+        return self.states.setdefault(self.rows, {})
+
+    @property
+    def B(self) -> int:
+        """Rows."""
+        return self.q.shape[0]
+
+    @property
+    def Hq(self) -> int:
+        """Query heads."""
+        return self.q.shape[1]
+
+    @property
+    def Hkv(self) -> int:
+        """Key-value heads."""
+        return self.k.shape[1]
+
+    @property
+    def Lq(self) -> int:
+        """Queries in this call."""
+        return self.q.shape[2]
+
+    @property
+    def Lk(self) -> int:
+        """Keys so far, this call's included."""
+        return self.k.shape[2]
+
+    @property
+    def off(self) -> int:
+        """Position of the first query."""
+        return self.Lk - self.Lq
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key-value head (GQA)."""
+        return self.Hq // self.Hkv
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The call's sizes, for selections."""
+        return Layout(self.B, self.Hq, self.Hkv, self.Lq, self.Lk, self.q.device)
+
+    @cached_property
+    def q_pos(self) -> Tensor:
+        """Query positions `[Lq]`."""
+        return torch.arange(self.off, self.Lk, device=self.q.device)
+
+    @cached_property
+    def k_pos(self) -> Tensor:
+        """Key positions `[Lk]`."""
+        return torch.arange(self.Lk, device=self.q.device)
+
+    def take(self, rows: list[int]) -> "AttentionCall":
+        """The same call for some of its rows (positions within this call)."""
+        if rows == list(range(self.B)):
+            return self
+        pick = torch.tensor(rows, device=self.q.device)
+        return AttentionCall(
+            self.layer, self.num_layers, self.phase, self.q[pick], self.k[pick], self.v[pick], self.scale,
+            self.softcap, self.sinks, None if self.bias is None else self.bias, tuple(self.rows[r] for r in rows),
+            None if self.hidden is None else self.hidden[pick], self.module, self.extras, self.states,
+        )  # fmt: skip

@@ -1,0 +1,49 @@
+"""Everything hfpatch raises on bad input; each message says what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class HfpatchError(Exception):
+    """Base of all errors raised by hfpatch."""
+
+
+class UnknownMethodError(HfpatchError):
+    """A method name nobody registered."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods: {', '.join(known)}."
+        )
+        super().__init__(f"There is no method called {name!r}; {hint}")
+        self.name, self.near = name, near
+
+
+class ConfigError(HfpatchError):
+    """A setting with a wrong name, type or value."""
+
+
+class UnsupportedModelError(HfpatchError):
+    """The model's attention cannot be patched."""
+
+
+class NothingPatchedError(HfpatchError):
+    """The model could be patched, but no layer was left after selection."""
+
+
+class AlreadyPatchedError(HfpatchError):
+    """The model carries a patch already."""
+
+
+class NotPatchedError(HfpatchError):
+    """The model carries no patch."""
+
+
+class IncompatibleMethodsError(HfpatchError):
+    """Methods that cannot act on the same layer."""
+
+
+class ExecutorError(HfpatchError):
+    """The executor asked for cannot run this call."""

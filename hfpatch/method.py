@@ -1,0 +1,97 @@
+"""The base class of all methods: the points at which a method may act on a layer call."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .call import AttentionCall
+from .config import MethodConfig
+from .errors import IncompatibleMethodsError
+from .regroup import Columns
+from .selection import Selection
+
+POINTS = ("select", "bias", "regroup", "output", "route", "observe")
+
+
+class Method:
+    """Override any of `select`, `bias`, `regroup`, `output`, `route`, `observe`; the rest stays dense.
+
+    One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
+    (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases (a chunk counts as prefill),
+    `needs` may name "lse", and `causality` says what a later token can change for an earlier one: "yes" nothing,
+    "tile" which keys the queries of its own block see, "no" anything.
+    """
+
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    kinds: ClassVar[frozenset[str]] = frozenset({"full"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    stateful: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
+
+    acts_in: frozenset[str] = frozenset({"prefill", "decode"})
+    causality: str = "yes"
+
+    def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.config = config
+
+    def covers(self, layer: int) -> bool:
+        """Whether decoder layer `layer`, already chosen by `layers`, is to be patched."""
+        return True
+
+    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        """Look at the model before it is patched; raise to refuse it."""
+
+    def notes(self) -> list[str]:
+        """Sentences for the report, about this method on this model."""
+        return []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Learned tensors to save beside the config."""
+        return {}
+
+    def select(self, call: AttentionCall) -> Selection | None:
+        """Which keys each query attends to; None leaves the layer dense."""
+        return None
+
+    def bias(self, call: AttentionCall) -> Tensor | None:
+        """Additive bias on key columns, `[B|1, Hq|1, Lk]`, after soft-capping."""
+        return None
+
+    def regroup(self, call: AttentionCall) -> list[Columns]:
+        """Factors on the softmax weights of disjoint key columns, renormalised afterwards."""
+        return []
+
+    def output(self, call: AttentionCall, out: Tensor) -> Tensor:
+        """Head outputs `[B, Lq, Hq, Dv]` on their way to the output projection."""
+        return out
+
+    def route(self, call: AttentionCall) -> "list[Method | None]":
+        """For each row of the call the method that serves it, None for dense."""
+        return [None] * call.B
+
+    def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+        """Read-only look at the result; `lse [B, Hq, Lq]` is given when `needs` names "lse"."""
+
+    @classmethod
+    def points(cls) -> frozenset[str]:
+        """The points this method overrides."""
+        return frozenset(p for p in POINTS if getattr(cls, p) is not getattr(Method, p))
+
+    @property
+    def name(self) -> str:
+        """Registered name."""
+        return self.config.method
+
+
+def check_compatible(methods: Sequence[Method]) -> None:
+    """Raise IncompatibleMethodsError when two methods cannot act on one layer."""
+    for point in ("route",):
+        clash = [m.name for m in methods if point in m.points()]
+        if len(clash) > 1:
+            raise IncompatibleMethodsError(
+                f"{clash[0]!r} and {clash[1]!r} both {point} the same layer; give them different `layers`."
+            )

@@ -1,0 +1,24 @@
+"""Dense attention through hfpatch: the identity, and the yardstick for its overhead."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..config import MethodConfig
+from ..method import Method
+from ..registry import register_method
+
+
+@dataclass(kw_only=True)
+class DenseConfig(MethodConfig):
+    """No settings of its own."""
+
+    method: ClassVar[str] = "dense"
+
+
+@register_method
+class Dense(Method):
+    """Runs the attention implementation the model had."""
+
+    config_class = DenseConfig
+    kinds = frozenset({"full", "sliding", "chunked"})
+    summary = "the model's own attention, counted"

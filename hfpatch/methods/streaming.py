@@ -1,0 +1,69 @@
+"""StreamingLLM's attention pattern: a few first tokens and a window of recent ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..call import AttentionCall
+from ..config import MethodConfig, option
+from ..method import Method
+from ..registry import register_method
+from ..selection import Causal, Rows, Selection, SinkWindow
+
+
+@dataclass(kw_only=True)
+class StreamingConfig(MethodConfig):
+    """Settings of `streaming`; sizes in tokens."""
+
+    method: ClassVar[str] = "streaming"
+    sink: int = option(4, "first real tokens of each row that stay visible", ge=0)
+    window: int = option(1024, "most recent tokens visible, the query's own included", ge=1)
+    last_queries: int = option(
+        0, "queries at the end of a prefill call that attend densely (tri-shape)", ge=0
+    )
+    dense_layers: int = option(0, "first decoder layers that stay dense (TriangleMix)", ge=0)
+    phase: str = option("both", "where the pattern applies", choices=("both", "prefill", "decode"))
+
+
+@register_method
+class Streaming(Method):
+    """Sink + window; positions are kept, nothing is evicted from the cache.
+
+    StreamingLLM, arXiv 2309.17453; tri-shape and layer-wise use from MInference (2407.02490) and TriangleMix
+    (2507.21526). The paper also re-indexes positions after eviction; keys are cached after RoPE here, so the
+    pattern is valid up to the model's position limit.
+    """
+
+    config_class = StreamingConfig
+    summary = "sink tokens + recent window"
+    paper = "https://arxiv.org/abs/2309.17453"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "tri-shape": {"sink": 128, "window": 3968, "last_queries": 128, "phase": "prefill"},
+        "triangle-mix": {
+            "sink": 8,
+            "window": 512,
+            "last_queries": 128,
+            "dense_layers": 16,
+            "phase": "prefill",
+        },
+    }
+
+    def __init__(self, config: StreamingConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self.settings = config
+        self.acts_in = frozenset({"prefill", "decode"} if config.phase == "both" else {config.phase})
+        self.causality = "tile" if config.last_queries else "yes"
+
+    def covers(self, layer: int) -> bool:
+        return layer >= self.settings.dense_layers
+
+    def select(self, call: AttentionCall) -> Selection | None:
+        s = self.settings
+        pattern = SinkWindow(s.sink, s.window)
+        if call.Lk <= s.sink + s.window or (call.Lq <= s.last_queries and call.phase != "decode"):
+            return None
+        if s.last_queries and call.phase != "decode":
+            return Rows([(call.Lq - s.last_queries, pattern), (call.Lq, Causal())])
+        return pattern

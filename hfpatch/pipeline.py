@@ -1,0 +1,211 @@
+"""Runs one attention call: route, select, attend, regroup, output, observe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import AttentionCall
+from .injection import RawCall, is_compiling
+from .method import Method
+from .ops import attend
+from .padding import RowGroup
+from .regroup import Columns, regroup
+from .report import PhaseStats
+from .selection import Layout, Selection, intersect
+
+
+@dataclass(eq=False)
+class Plan:
+    """What is to be done for one group of rows."""
+
+    call: AttentionCall
+    methods: list[Method]
+    group: RowGroup
+    selection: Selection | None
+    columns: list[Columns]
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether the base implementation, which gives no lse, is not enough."""
+        return bool(
+            self.selection is not None
+            or self.columns
+            or self.call.bias is not None
+            or any("lse" in m.needs for m in self.methods)
+        )
+
+
+class LayerRuntime:
+    """The methods of one attention module and what they did."""
+
+    base_config: Any
+
+    def __init__(self, name: str, layer: int, num_layers: int, methods: Sequence[Method]) -> None:
+        self.name, self.layer, self.num_layers = name, layer, num_layers
+        self.methods = list(methods)
+        self.stats: dict[str, PhaseStats] = {}
+        self._acting = {
+            phase: [
+                m
+                for m in self.methods
+                if m.points() and (phase if phase != "chunk" else "prefill") in m.acts_in
+            ]
+            for phase in ("prefill", "chunk", "decode")
+        }
+
+    def run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
+        """Attention output `[B, Lq, Hq, Dv]` and weights (None unless the base gives them)."""
+        phase = raw.phase
+        methods = self._acting[phase]
+        if not methods:
+            return self._dense(raw, phase, None)
+        reason = raw.blocker()
+        groups = reason or raw.groups()
+        if isinstance(groups, str):
+            return self._dense(raw, phase, groups)
+        plans = self._plan(raw, phase, methods, groups)
+        stats = self._stats(phase)
+        stats.calls += 1
+        if any(p.needs_lse for p in plans):
+            return self._execute(raw, plans, stats), None
+        out, weights = raw.base()
+        changed = [m for p in plans for m in p.methods if {"output", "observe"} & m.points()]
+        for p in plans:
+            stats.add(p.call.layout.visible, p.call.layout.visible, raw.base_name)
+        if changed:
+            out = self._apply_outputs(raw, plans, out)
+        return out, weights
+
+    def _stats(self, phase: str) -> PhaseStats:
+        return self.stats.setdefault(phase, PhaseStats())
+
+    def _dense(self, raw: RawCall, phase: str, reason: str | None) -> tuple[Tensor, Tensor | None]:
+        if not is_compiling():
+            stats = self._stats(phase)
+            stats.calls += 1
+            (b, hq, lq, _), lk = raw.q.shape, min(raw.k.shape[2], max(raw.total, raw.q.shape[2]))
+            visible = Layout(b, hq, raw.k.shape[1], lq, lk, raw.q.device).visible
+            stats.add(visible, visible, raw.base_name)
+            if reason is not None:
+                stats.fallbacks[reason] += 1
+        return raw.base()
+
+    def _plan(self, raw: RawCall, phase: str, methods: list[Method], groups: list[RowGroup]) -> list[Plan]:
+        states = raw.states(self.name) if any(m.stateful for m in methods) else {}
+        plans = []
+        for group in groups:
+            call = self._call(raw, phase, group)
+            if call.Lq == 0:
+                continue
+            call.states = states
+            for part, chosen in self._routed(call, methods):
+                part_group = RowGroup(part.rows, group.start, group.stop)
+                plans.append(self._plan_one(part, chosen, part_group))
+        return plans
+
+    def _call(self, raw: RawCall, phase: str, group: RowGroup) -> AttentionCall:
+        off = raw.total - raw.q.shape[2]
+        first, last = max(group.start - off, 0), max(group.stop - off, 0)
+        whole = len(group.rows) == raw.q.shape[0]
+
+        def cut(x: Tensor, a: int, b: int, dim: int = 2) -> Tensor:
+            x = (
+                x
+                if whole
+                else x[list(group.rows)]
+                if len(group.rows) > 1
+                else x[group.rows[0] : group.rows[0] + 1]
+            )
+            return x if (a, b) == (0, x.shape[dim]) else x.narrow(dim, a, max(b - a, 0))
+
+        return AttentionCall(
+            layer=self.layer, num_layers=self.num_layers, phase=phase,
+            q=cut(raw.q, first, last), k=cut(raw.k, group.start, group.stop), v=cut(raw.v, group.start, group.stop),
+            scale=raw.scale, softcap=raw.softcap, sinks=raw.sinks, rows=group.rows,
+            hidden=None if raw.hidden is None else cut(raw.hidden, first, last, 1), module=raw.module,
+        )  # fmt: skip
+
+    def _routed(self, call: AttentionCall, methods: list[Method]) -> list[tuple[AttentionCall, list[Method]]]:
+        router = next((m for m in methods if "route" in m.points()), None)
+        if router is None:
+            return [(call, methods)]
+        others = [m for m in methods if m is not router]
+        by_choice: dict[int, tuple[Method | None, list[int]]] = {}
+        for row, child in enumerate(router.route(call)):
+            by_choice.setdefault(id(child), (child, []))[1].append(row)
+        return [
+            (call.take(rows), [*others, child] if child else others) for child, rows in by_choice.values()
+        ]
+
+    def _plan_one(self, call: AttentionCall, methods: list[Method], group: RowGroup) -> Plan:
+        selection: Selection | None = None
+        columns: list[Columns] = []
+        for m in methods:
+            points = m.points()
+            if "select" in points:
+                selection = intersect(selection, m.select(call))
+            if "bias" in points and (bias := m.bias(call)) is not None:
+                call.bias = bias if call.bias is None else call.bias + bias
+            if "regroup" in points:
+                columns.extend(m.regroup(call))
+        return Plan(call, methods, group, selection, columns)
+
+    def _execute(self, raw: RawCall, plans: list[Plan], stats: PhaseStats) -> Tensor:
+        b, hq, lq, _ = raw.q.shape
+        single = len(plans) == 1 and b == plans[0].call.B and plans[0].call.Lq == lq
+        result = None if single else raw.q.new_zeros(b, lq, hq, raw.v.shape[-1])
+        for plan in plans:
+            call = plan.call
+            done = attend(
+                call.q, call.k, call.v, selection=plan.selection, scale=call.scale, softcap=call.softcap,
+                sinks=call.sinks, bias=call.bias, executor=self._executor(plan.methods),
+            )  # fmt: skip
+            visible = call.layout.visible
+            attended = visible if plan.selection is None else plan.selection.attended(call.layout)
+            stats.add(attended, visible, done.executor)
+            out, lse = done.out, done.lse
+            if plan.columns:
+                out, lse = regroup(call, out, lse, plan.columns, plan.selection)
+            out = self._finish(plan, out, lse)
+            if result is None:
+                return out
+            self._place(raw, plan, result, out)
+        assert result is not None
+        return result
+
+    @staticmethod
+    def _executor(methods: list[Method]) -> str | None:
+        return next((m.config.executor for m in methods if m.config.executor), None)
+
+    @staticmethod
+    def _finish(plan: Plan, out: Tensor, lse: Tensor | None) -> Tensor:
+        for m in plan.methods:
+            if "output" in m.points():
+                out = m.output(plan.call, out)
+        for m in plan.methods:
+            if "observe" in m.points():
+                m.observe(plan.call, out, lse)
+        return out
+
+    def _apply_outputs(self, raw: RawCall, plans: list[Plan], out: Tensor) -> Tensor:
+        b, lq = out.shape[:2]
+        if len(plans) == 1 and b == plans[0].call.B and plans[0].call.Lq == lq:
+            return self._finish(plans[0], out, None)
+        result = out.clone()
+        for plan in plans:
+            rows, a, z = self._span(raw, plan)
+            self._place(raw, plan, result, self._finish(plan, out[rows, a:z], None))
+        return result
+
+    @staticmethod
+    def _span(raw: RawCall, plan: Plan) -> tuple[Tensor, int, int]:
+        off = raw.total - raw.q.shape[2]
+        rows = torch.tensor(plan.group.rows, device=raw.q.device)
+        return rows, max(plan.group.start - off, 0), max(plan.group.stop - off, 0)
+
+    def _place(self, raw: RawCall, plan: Plan, result: Tensor, out: Tensor) -> None:
+        rows, a, z = self._span(raw, plan)
+        result[rows, a:z] = out

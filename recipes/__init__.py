@@ -1,0 +1,1 @@
+"""Recipes shipped with hfpatch, one YAML per question a user has."""
