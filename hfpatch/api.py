@@ -101,9 +101,7 @@ class Patch:
         return f"Patch({names}; {len(self._plan)} of {self._survey.num_layers} layers)"
 
 
-def patch_model(
-    model: ModelT, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any
-) -> ModelT:
+def patch_model(model: ModelT, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any) -> ModelT:
     """Change how the model attends, in place, and return it.
 
     `method`: a method or preset name with its settings, a config, or a list of these composed in order.
@@ -176,9 +174,7 @@ def _as_config(method: Any, settings: dict[str, Any]) -> PatchConfig:
         configs = [make_config(m, {}) if isinstance(m, str) else m for m in method]
         if all(isinstance(c, MethodConfig) for c in configs):
             return PatchConfig(configs)
-    raise ConfigError(
-        f"patch_model takes a method name, a config or a non-empty list of these, not {method!r:.80}."
-    )
+    raise ConfigError(f"patch_model takes a method name, a config or a non-empty list of these, not {method!r:.80}.")
 
 
 def _build(config: PatchConfig) -> list[Method]:
@@ -230,9 +226,5 @@ def _prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Patch:
         if chosen[n]
     ]
     skipped = found.skipped + [(x.name, why[n]) for n, x in enumerate(found.layers) if not chosen[n]]
-    name = (
-        config.base_model_name_or_path
-        or getattr(getattr(model, "config", None), "name_or_path", None)
-        or None
-    )
+    name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None) or None
     return Patch(model, PatchConfig(config.methods, name, config.tensors), methods, found, plan, skipped)

@@ -102,9 +102,7 @@ class MethodConfig:
         data = {k: v for k, v in data.items() if k != "method"}
         unknown = sorted(set(data) - known)
         if unknown and newer:
-            logger.warning(
-                "%s: settings from a newer hfpatch are ignored: %s", cls.method, ", ".join(unknown)
-            )
+            logger.warning("%s: settings from a newer hfpatch are ignored: %s", cls.method, ", ".join(unknown))
         elif unknown:
             raise ConfigError(
                 f"{cls.method}: there is no setting {unknown[0]!r}; settings are {', '.join(sorted(known))}."

@@ -14,9 +14,7 @@ class UnknownMethodError(HfpatchError):
     def __init__(self, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
         near = get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = (
-            f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods: {', '.join(known)}."
-        )
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods: {', '.join(known)}."
         super().__init__(f"There is no method called {name!r}; {hint}")
         self.name, self.near = name, near
 

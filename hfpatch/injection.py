@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from .cache_state import Rows, State, cache_states
@@ -28,28 +28,7 @@ CONTEXT = "hfpatch_ctx"
 DISPATCH = "ALL_ATTENTION_FUNCTIONS"
 
 _HARMLESS = frozenset(
-    [
-        "dropout",
-        "scaling",
-        "is_causal",
-        "position_ids",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "logits_to_keep",
-        "num_logits_to_keep",
-        "cache_position",
-        "sliding_window",
-        "softcap",
-        "s_aux",
-        "sinks",
-        "num_items_in_batch",
-        "labels",
-        "is_first_iteration",
-        "tokens_to_keep",
-    ]
+    ["dropout", "scaling", "is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_logits_to_keep", "cache_position", "sliding_window", "softcap", "s_aux", "sinks", "num_items_in_batch", "labels", "is_first_iteration", "tokens_to_keep"]
 )
 _NATIVE_SPARSE = ("indexed", "sparse", "indices")
 
@@ -135,20 +114,18 @@ def survey(model: nn.Module) -> Survey:
     foreign: set[str] = set()
     found = [(f"{prefix}{n}", m) for n, m in root.named_modules()]
     for name, module in found:
+        if isinstance(module, PreTrainedModel):
+            continue
         cls = type(module)
         if dispatching_function(cls) is None or not hasattr(module, "config"):
-            if "attention" in cls.__name__.lower() and not any(
-                True for _ in module.children() if _is_attention(_)
-            ):
+            if "attention" in cls.__name__.lower() and not any(True for _ in module.children() if _is_attention(_)):
                 foreign.add(cls.__name__)
             continue
         if _is_cross(name, module):
             skipped.append((name, "cross or bidirectional attention"))
             continue
         index = getattr(module, "layer_idx", None)
-        layers.append(
-            AttentionLayer(name, module, index if isinstance(index, int) else len(layers), _kind(module))
-        )
+        layers.append(AttentionLayer(name, module, index if isinstance(index, int) else len(layers), _kind(module)))
     if not layers:
         raise UnsupportedModelError(_refusal(model, foreign))
     if len({x.index for x in layers}) < len(layers):
@@ -204,9 +181,7 @@ def detach(module: nn.Module) -> None:
         module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _add_context(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def _add_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     hidden = args[0] if args else kwargs.get("hidden_states")
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     kwargs[CONTEXT] = (hidden, cache)
@@ -339,9 +314,7 @@ def hfpatch_attention(
             f"{type(module).__name__} is set to attention implementation 'hfpatch' without a patch; "
             "load the model with its usual implementation and call patch_model(model, ...)."
         )
-    return runtime.run(
-        RawCall(module, query, key, value, attention_mask, kwargs, hidden, cache, runtime.base_config)
-    )
+    return runtime.run(RawCall(module, query, key, value, attention_mask, kwargs, hidden, cache, runtime.base_config))
 
 
 def is_compiling() -> bool:

@@ -29,16 +29,12 @@ def parse_layers(spec: int | str | list[int] | None, num_layers: int) -> list[in
         else:
             stop = start
         if stop < start:
-            raise ConfigError(
-                f"layers={spec!r} runs backwards in {part!r}; the model has {num_layers} layers."
-            )
+            raise ConfigError(f"layers={spec!r} runs backwards in {part!r}; the model has {num_layers} layers.")
         chosen.update(range(start, stop + 1))
     return sorted(chosen)
 
 
 def _resolve(n: int, num_layers: int) -> int:
     if not -num_layers <= n < num_layers:
-        raise ConfigError(
-            f"layers: there is no layer {n}; the model has {num_layers} layers (0 to {num_layers - 1})."
-        )
+        raise ConfigError(f"layers: there is no layer {n}; the model has {num_layers} layers (0 to {num_layers - 1}).")
     return n % num_layers

@@ -63,9 +63,7 @@ class PatchConfig:
         if self.tensors:
             from safetensors.torch import save_file
 
-            save_file(
-                {k: t.detach().cpu().contiguous() for k, t in self.tensors.items()}, folder / TENSOR_FILE
-            )
+            save_file({k: t.detach().cpu().contiguous() for k, t in self.tensors.items()}, folder / TENSOR_FILE)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> "PatchConfig":
@@ -77,9 +75,7 @@ class PatchConfig:
             folder = path if path.is_dir() else _download(str(name_or_path), revision)
             file = folder / CONFIG_FILE
         if not file.is_file():
-            raise ConfigError(
-                f"{folder} holds no {CONFIG_FILE}; save one with get_patch(model).save_pretrained(...)."
-            )
+            raise ConfigError(f"{folder} holds no {CONFIG_FILE}; save one with get_patch(model).save_pretrained(...).")
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:

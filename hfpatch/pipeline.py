@@ -48,11 +48,7 @@ class LayerRuntime:
         self.methods = list(methods)
         self.stats: dict[str, PhaseStats] = {}
         self._acting = {
-            phase: [
-                m
-                for m in self.methods
-                if m.points() and (phase if phase != "chunk" else "prefill") in m.acts_in
-            ]
+            phase: [m for m in self.methods if m.points() and (phase if phase != "chunk" else "prefill") in m.acts_in]
             for phase in ("prefill", "chunk", "decode")
         }
 
@@ -112,13 +108,7 @@ class LayerRuntime:
         whole = len(group.rows) == raw.q.shape[0]
 
         def cut(x: Tensor, a: int, b: int, dim: int = 2) -> Tensor:
-            x = (
-                x
-                if whole
-                else x[list(group.rows)]
-                if len(group.rows) > 1
-                else x[group.rows[0] : group.rows[0] + 1]
-            )
+            x = x if whole else x[list(group.rows)] if len(group.rows) > 1 else x[group.rows[0] : group.rows[0] + 1]
             return x if (a, b) == (0, x.shape[dim]) else x.narrow(dim, a, max(b - a, 0))
 
         return AttentionCall(
@@ -136,9 +126,7 @@ class LayerRuntime:
         by_choice: dict[int, tuple[Method | None, list[int]]] = {}
         for row, child in enumerate(router.route(call)):
             by_choice.setdefault(id(child), (child, []))[1].append(row)
-        return [
-            (call.take(rows), [*others, child] if child else others) for child, rows in by_choice.values()
-        ]
+        return [(call.take(rows), [*others, child] if child else others) for child, rows in by_choice.values()]
 
     def _plan_one(self, call: AttentionCall, methods: list[Method], group: RowGroup) -> Plan:
         selection: Selection | None = None

@@ -23,18 +23,14 @@ def register_method(cls: M) -> M:
         raise ConfigError(f"{cls.__name__}: its config class needs a `method` name.")
     other = _registered.get(name)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ConfigError(
-            f"The method name {name!r} is already taken by {other.__module__}.{other.__qualname__}."
-        )
+        raise ConfigError(f"The method name {name!r} is already taken by {other.__module__}.{other.__qualname__}.")
     _registered[name] = cls
     return cls
 
 
 @cache
 def _builtin_names() -> frozenset[str]:
-    return frozenset(
-        m.name for m in pkgutil.iter_modules(builtin_package.__path__) if not m.name.startswith("_")
-    )
+    return frozenset(m.name for m in pkgutil.iter_modules(builtin_package.__path__) if not m.name.startswith("_"))
 
 
 def _entry_points() -> dict[str, Any]:

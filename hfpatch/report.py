@@ -90,12 +90,9 @@ class Report:
             out.append("no call has reached a patched layer yet")
         for x in called:
             ran = ", ".join(
-                f"{name} x{n}" if len(x.stats.executors) > 1 else name
-                for name, n in x.stats.executors.items()
+                f"{name} x{n}" if len(x.stats.executors) > 1 else name for name, n in x.stats.executors.items()
             )
-            out.append(
-                f"{x.layer:>5}  {x.methods:<20} {x.phase:<8} {x.stats.calls:>6} {x.stats.density:>8.2%}  {ran}"
-            )
+            out.append(f"{x.layer:>5}  {x.methods:<20} {x.phase:<8} {x.stats.calls:>6} {x.stats.density:>8.2%}  {ran}")
             out.extend(f"       dense in {n} of them: {reason}" for reason, n in x.stats.fallbacks.items())
         out.extend(f"left alone: {name} ({why})" for name, why in self.skipped)
         out.extend(f"note: {n}" for n in self.notes)

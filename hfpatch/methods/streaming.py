@@ -20,9 +20,7 @@ class StreamingConfig(MethodConfig):
     method: ClassVar[str] = "streaming"
     sink: int = option(4, "first real tokens of each row that stay visible", ge=0)
     window: int = option(1024, "most recent tokens visible, the query's own included", ge=1)
-    last_queries: int = option(
-        0, "queries at the end of a prefill call that attend densely (tri-shape)", ge=0
-    )
+    last_queries: int = option(0, "queries at the end of a prefill call that attend densely (tri-shape)", ge=0)
     dense_layers: int = option(0, "first decoder layers that stay dense (TriangleMix)", ge=0)
     phase: str = option("both", "where the pattern applies", choices=("both", "prefill", "decode"))
 

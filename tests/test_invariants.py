@@ -1,0 +1,264 @@
+"""What every method must keep on every architecture."""
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from methods_list import METHODS, MethodCase
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import hfpatch
+from hfpatch import get_patch, patch_model, patched, unpatch_model
+from hfpatch.api import HANDLE
+
+TOLERANCE = 1e-5
+LENGTH = 63
+LENGTHS = [63, 40, 25]
+
+
+def acts_on(tiny: zoo.TinyModel, case: MethodCase) -> bool:
+    return case.sliding or not tiny.all_sliding
+
+
+PAIRS = [
+    pytest.param(tiny, case, id=f"{tiny.name}-{case}")
+    for tiny in zoo.SUPPORTED.values()
+    for case in METHODS
+    if acts_on(tiny, case)
+]
+pairs = pytest.mark.parametrize("tiny,case", PAIRS)
+architectures = pytest.mark.parametrize("tiny", zoo.SUPPORTED.values(), ids=lambda t: t.name)
+
+
+@cache
+def built(name: str) -> PreTrainedModel:
+    return zoo.SUPPORTED[name].build()
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def assert_close(what: str, got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> None:
+    error = relative(got, want)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
+    return model(ids, **kwargs).logits
+
+
+def tree(model: nn.Module) -> dict[str, Any]:
+    """Every attribute of every module, tensors and configs by identity, hook tables by content."""
+    out: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            out[f"{name}.{key}"] = dict(value) if isinstance(value, dict) else id(value)
+    return out
+
+
+@pairs
+def test_keep_all_equals_dense(tiny: zoo.TinyModel, case: MethodCase) -> None:
+    model = built(tiny.name)
+    ids = zoo.prompt(model, 3, LENGTH)
+    want = logits(model, ids)
+    with patched(model, case.name, **{**case.settings, **case.keep_all}):
+        assert_close("logits", logits(model, ids), want)
+
+
+@pairs
+def test_unpatch_leaves_no_trace(tiny: zoo.TinyModel, case: MethodCase) -> None:
+    model = built(tiny.name)
+    ids = zoo.prompt(model, 1, LENGTH)
+    before, want = tree(model), logits(model, ids)
+    assert patch_model(model, case.name, **case.settings) is model
+    logits(model, ids)
+    assert unpatch_model(model) is model
+    assert tree(model) == before
+    assert torch.equal(logits(model, ids), want)
+
+
+@pairs
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_row_equals_row_alone(tiny: zoo.TinyModel, case: MethodCase, side: str) -> None:
+    model = built(tiny.name)
+    ids = zoo.prompt(model, len(LENGTHS), LENGTH)
+    batch, mask = (zoo.left_pad if side == "left" else zoo.right_pad)(ids, LENGTHS)
+    extra = {"position_ids": zoo.positions(mask)} if tiny.learned_positions else {}
+    with patched(model, case.name, **case.settings) as patch:
+        together = logits(model, batch, attention_mask=mask, **extra)
+        for row, n in enumerate(LENGTHS):
+            alone = logits(model, ids[row : row + 1, :n])
+            assert_close(f"row {row}", together[row][mask[row].bool()], alone[0])
+        assert not patch.report().fallbacks()
+
+
+@pairs
+def test_prefill_and_decode_equal_one_shot(tiny: zoo.TinyModel, case: MethodCase) -> None:
+    model = built(tiny.name)
+    ids = zoo.prompt(model, 3, LENGTH)
+    mid, end = LENGTH - 13, LENGTH - 6
+    with patched(model, case.name, **case.settings):
+        if case.causality != "yes":
+            mid = end
+        want = logits(model, ids[:, :end] if case.causality != "yes" else ids)
+        with torch.no_grad():
+            out = model(ids[:, :mid], use_cache=True)
+            assert_close("prefill", out.logits, want[:, :mid])
+            if case.causality != "yes":
+                return
+            cache = out.past_key_values
+            if not tiny.hybrid:
+                out = model(ids[:, mid:end], past_key_values=cache)
+                assert_close("chunk", out.logits, want[:, mid:end])
+            start = mid if tiny.hybrid else end
+            for n in range(start, LENGTH):
+                out = model(ids[:, n : n + 1], past_key_values=cache)
+                assert_close(f"decode {n}", out.logits[:, 0], want[:, n])
+
+
+@pairs
+def test_later_tokens_cannot_move_earlier_logits(tiny: zoo.TinyModel, case: MethodCase) -> None:
+    if case.causality != "yes":
+        pytest.skip(f"declares causality {case.causality!r}")
+    model = built(tiny.name)
+    ids = zoo.prompt(model, 1, LENGTH)
+    other = ids.clone()
+    other[:, 40:] = zoo.prompt(model, 1, LENGTH, seed=1)[:, 40:]
+    with patched(model, case.name, **case.settings) as patch:
+        assert all(m.causality == "yes" for m in patch.methods)
+        assert_close("earlier logits", logits(model, other)[:, :40], logits(model, ids)[:, :40])
+
+
+@pairs
+def test_reported_density_is_the_counted_one(
+    tiny: zoo.TinyModel, case: MethodCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built(tiny.name)
+    counted: list[int] = []
+    original = hfpatch.pipeline.attend
+
+    def counting(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
+        at = hfpatch.selection.Layout(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.device)
+        mask = (kwargs["selection"] or hfpatch.selection.Causal()).mask(at)
+        counted.append(int(mask.expand(at.B, at.Hq, at.Lq, at.Lk).sum()))
+        return original(q, k, v, **kwargs)
+
+    monkeypatch.setattr(hfpatch.pipeline, "attend", counting)
+    with patched(model, case.name, **case.settings) as patch:
+        logits(model, zoo.prompt(model, 3, LENGTH))
+        report = patch.report()
+    assert all(line.stats.calls == 1 for line in report.lines)
+    attended = sum(int(line.stats.attended) for line in report.lines)
+    if counted:
+        assert attended == sum(counted)
+    else:
+        assert report.density() == 1.0
+
+
+@architectures
+def test_streaming_equals_the_model_with_that_mask(tiny: zoo.TinyModel) -> None:
+    """The oracle: the unpatched model given sink + window as an explicit 4-D mask."""
+    if tiny.all_sliding:
+        pytest.skip("no full-attention layer")
+    model = built(tiny.name)
+    ids = zoo.prompt(model, 2, LENGTH)
+    dtype = model.dtype
+    at = hfpatch.selection.Layout(2, 1, 1, LENGTH, LENGTH, ids.device)
+
+    def additive(keep: Tensor) -> Tensor:
+        return torch.where(keep, 0.0, torch.finfo(dtype).min).expand(2, 1, LENGTH, LENGTH)
+
+    full = additive(hfpatch.selection.SinkWindow(2, 8).mask(at))
+    window = additive(hfpatch.selection.SinkWindow(0, zoo.WINDOW).mask(at))
+    mask: Any = {"full_attention": full, "sliding_attention": window} if tiny.sliding else full
+    try:
+        want = logits(model, ids, attention_mask=mask, use_cache=False)
+    except (AttributeError, ValueError, RuntimeError, TypeError, KeyError):
+        pytest.skip("the model takes no 4-D mask")
+    with patched(model, "streaming", sink=2, window=8):
+        assert_close("logits", logits(model, ids), want)
+
+
+@architectures
+def test_second_model_is_untouched(tiny: zoo.TinyModel) -> None:
+    first = built(tiny.name)
+    second = type(first)(first.config).eval()
+    second.load_state_dict(first.state_dict())
+    ids = zoo.prompt(first, 1, LENGTH)
+    before, want = tree(second), logits(second, ids)
+    method = "dense" if tiny.all_sliding else "streaming"
+    with patched(first, method) as patch:
+        assert HANDLE not in vars(second)
+        assert tree(second) == before
+        assert torch.equal(logits(second, ids), want)
+        assert all(not line.stats.calls for line in patch.report().lines)
+
+
+@pytest.mark.parametrize("tiny", zoo.REFUSED.values(), ids=lambda t: t.name)
+def test_refused_before_anything_changes(tiny: zoo.TinyModel) -> None:
+    model = tiny.build()
+    before = tree(model)
+    with pytest.raises(hfpatch.UnsupportedModelError, match=r"cannot be patched.*Use a model"):
+        patch_model(model, "streaming")
+    assert tree(model) == before
+
+
+def test_all_sliding_raises_and_says_so() -> None:
+    model = built("mistral")
+    before = tree(model)
+    with pytest.raises(hfpatch.NothingPatchedError, match="3 x sliding attention"):
+        patch_model(model, "streaming")
+    assert tree(model) == before
+
+
+def test_vision_tower_is_left_alone() -> None:
+    for tiny in zoo.SUPPORTED.values():
+        if tiny.vision:
+            model = built(tiny.name)
+            with patched(model, "dense") as patch:
+                names = [x.name for x, _ in patch._plan]
+                assert names and all("vision" not in n and "visual" not in n for n in names)
+
+
+LOADER = """
+import sys, torch, zoo
+from pathlib import Path
+from hfpatch import PatchConfig, patched
+model = zoo.SUPPORTED["llama"].build()
+ids = zoo.prompt(model, 2, 63)
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    with patched(model, PatchConfig.from_pretrained(folder)), torch.no_grad():
+        torch.save(model(ids).logits, folder / "logits.pt")
+"""
+
+
+def test_saved_patch_gives_the_same_logits_in_a_new_process(tmp_path: Path) -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    ids = zoo.prompt(model, 2, LENGTH)
+    want = {}
+    for case in METHODS:
+        with patched(model, case.name, **case.settings) as patch:
+            want[str(case)] = logits(model, ids)
+            patch.save_pretrained(tmp_path / str(case))
+    env_path = str(Path(zoo.__file__).parent)
+    code = f"import sys; sys.path.insert(0, {env_path!r})\n" + LOADER
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    for name, logits_ in want.items():
+        assert torch.equal(torch.load(tmp_path / name / "logits.pt", weights_only=True), logits_), name
+
+
+def test_report_names_layers_and_says_when_nothing_ran() -> None:
+    model = built("gemma2")
+    with patched(model, "streaming", sink=2, window=8) as patch:
+        assert "no call has reached" in str(patch.report())
+        logits(model, zoo.prompt(model, 1, LENGTH))
+        text = str(get_patch(model).report())
+    assert "2 of 4 layers patched" in text and "left alone: model.layers.0.self_attn (sliding attention)" in text
