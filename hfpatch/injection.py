@@ -10,7 +10,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,12 @@ CONTEXT = "hfpatch_ctx"
 DISPATCH = "ALL_ATTENTION_FUNCTIONS"
 
 _HARMLESS = frozenset(
-    ["dropout", "scaling", "is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_logits_to_keep", "cache_position", "sliding_window", "softcap", "s_aux", "sinks", "num_items_in_batch", "labels", "is_first_iteration", "tokens_to_keep"]
+    {
+        *("dropout", "scaling", "is_causal", "position_ids", "use_cache", "cache_position", "is_first_iteration"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "labels"),
+        *("logits_to_keep", "num_logits_to_keep", "tokens_to_keep", "num_items_in_batch"),
+        *("sliding_window", "softcap", "s_aux", "sinks"),
+    }
 )
 _NATIVE_SPARSE = ("indexed", "sparse", "indices")
 
@@ -70,6 +75,7 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
                 yield fn
 
 
+@cache
 def dispatching_function(cls: type) -> types.FunctionType | None:
     """The method of `cls` that looks its attention function up in the AttentionInterface, if any."""
     return next((fn for fn in _functions(cls) if DISPATCH in fn.__code__.co_names), None)

@@ -14,7 +14,7 @@ from .ops import attend
 from .padding import RowGroup
 from .regroup import Columns, regroup
 from .report import PhaseStats
-from .selection import Layout, Selection, intersect
+from .selection import Selection, intersect
 
 
 @dataclass(eq=False)
@@ -85,7 +85,7 @@ class LayerRuntime:
             stats = self._stats(phase)
             stats.calls += 1
             (b, hq, lq, _), lk = raw.q.shape, min(raw.k.shape[2], max(raw.total, raw.q.shape[2]))
-            visible = Layout(b, hq, raw.k.shape[1], lq, lk, raw.q.device).visible
+            visible = b * hq * (lq * (lk - lq) + lq * (lq + 1) // 2)
             stats.add(visible, visible, raw.base_name)
             if reason is not None:
                 stats.fallbacks[reason] += 1

@@ -1,0 +1,161 @@
+"""Lists of key blocks per query block: gathered per block, the partly visible ones exact to the token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfpatch.ops.call import Problem
+from hfpatch.ops.merge import Part
+from hfpatch.ops.torch_kernel import Kernel, lse_of_nothing
+from hfpatch.ops.torch_output import Output, blocked
+from hfpatch.selection import BlockMap
+
+CHUNK_KEYS = 1 << 14
+
+
+@dataclass(frozen=True)
+class RowGather:
+    """`x [B, H, L, D]` as a flat table of rows, so that picking tokens per head is one copy per token."""
+
+    table: Tensor
+    strides: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "RowGather":
+        """A view where strides allow it, else a copy of x."""
+        d = x.shape[-1]
+        if x.stride(-1) != 1 or x.requires_grad or any(s % d for s in x.stride()[:3]):
+            x = x.contiguous()
+        b, h, t = (s // d for s in x.stride()[:3])
+        last = sum((n - 1) * s for n, s in zip(x.shape[:3], (b, h, t), strict=True))
+        return cls(x.as_strided((last + 1, d), (d, 1)), (b, h, t))
+
+    def take(self, b: int | Tensor, h: Tensor, tokens: Tensor) -> Tensor:
+        """Rows `[..., D]` of token `tokens [...]`, batch row b and head `h`, broadcast against tokens."""
+        sb, sh, st = self.strides
+        flat = tokens * st + (h * sh + b * sb)
+        return self.table.index_select(0, flat.flatten()).unflatten(0, flat.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A `BlockMap` put in order: per query block its wholly visible key blocks first, then the partial ones."""
+
+    order: Tensor
+    full: Tensor
+    partial: Tensor
+
+    @classmethod
+    def of(cls, sel: BlockMap, problem: Problem, heads: int) -> "Plan":
+        """`order [B|1, heads, nQ, K]`, number of `full` and `partial` blocks `[B|1, heads, nQ]`."""
+        at, idx = problem.at, sel.indices.long()
+        nq = -(-at.Lq // sel.block_q)
+        idx, listed = idx[:, :, :nq], sel.listed()[:, :, :nq]
+        first = at.off + torch.arange(nq, device=idx.device)[:, None] * sel.block_q
+        last = (first + sel.block_q).clamp(max=at.Lk) - 1
+        full = listed & ((idx + 1) * sel.block_k - 1 <= first)
+        partial = listed & ~full & (idx * sel.block_k <= last)
+        rank = 2 - 2 * full.to(torch.int8) - partial.to(torch.int8)
+        order = idx.gather(-1, rank.argsort(dim=-1, stable=True))
+        return cls(*(t.expand(-1, heads, *t.shape[2:]) for t in (order, full.sum(-1), partial.sum(-1))))
+
+
+def run(problem: Problem, out: Output, kernel: Kernel) -> None:
+    """Write attention over a `BlockMap` to `out`."""
+    sel, at = problem.selection, problem.at
+    if not isinstance(sel, BlockMap):
+        raise TypeError(f"expected a BlockMap, not {type(sel).__name__}")
+    heads = at.Hq if sel.indices.shape[1] == at.Hq else at.Hkv
+    work = _Work(problem, sel, kernel, Plan.of(sel, problem, heads), heads)
+    chunk = max(1, CHUNK_KEYS // max(1, sel.indices.shape[-1] * sel.block_k * heads))
+    whole = at.Lq // sel.block_q
+    for b in range(at.B):
+        for n0 in range(0, whole, chunk):
+            n1 = min(n0 + chunk, whole)
+            rows = slice(n0 * sel.block_q, n1 * sel.block_q)
+            out.batch(b).rows(rows.start, rows.stop).write(work.parts(b, n0, n1, rows), n1 - n0)
+        if whole * sel.block_q < at.Lq:
+            rows = slice(whole * sel.block_q, at.Lq)
+            out.batch(b).rows(rows.start, rows.stop).write(work.parts(b, whole, whole + 1, rows))
+
+
+class _Work:
+    """Gathers keys and runs the kernel for query blocks `n0..n1` of one batch row."""
+
+    def __init__(self, problem: Problem, sel: BlockMap, kernel: Kernel, plan: Plan, heads: int) -> None:
+        self.p, self.sel, self.kernel, self.plan, self.heads = problem, sel, kernel, plan, heads
+        self.k, self.v = RowGather.of(problem.k), RowGather.of(problem.v)
+        device = problem.q.device
+        self.inner = torch.arange(sel.block_k, device=device)
+        self.all_heads = torch.arange(heads, device=device)[:, None]
+        self.kv_head = torch.arange(heads, device=device) * problem.at.Hkv // heads
+        self.full, self.partial = plan.full.tolist(), plan.partial.tolist()
+
+    def parts(self, b: int, n0: int, n1: int, rows: slice) -> list[Part]:
+        """Parts `[N, H, R, G, Dv]` of query blocks `n0..n1`, queries `rows`."""
+        row = b if len(self.full) > 1 else 0
+        q = blocked(self.p.q[b : b + 1, :, rows], n1 - n0, self.heads)
+        order = self.plan.order[row, :, n0:n1].transpose(0, 1)
+        full = [c for h in self.full[row] for c in h[n0:n1]]
+        widest = max(c for h in self.partial[row] for c in h[n0:n1])
+        parts = []
+        if max(full) > 0 and min(full) == max(full):
+            parts.append(self._full(b, q, order[..., : full[0]], self.all_heads))
+        elif max(full) > 0:
+            parts.append(self._uneven(b, q, order, self.plan.full[row, :, n0:n1].t()))
+        if widest or not parts:
+            first = self.p.at.off + rows.start
+            parts.append(self._partial(b, row, q, order, n0, n1, max(widest, 1), first))
+        return parts
+
+    def _full(self, b: int, q: Tensor, blocks: Tensor, h: Tensor) -> Part:
+        """All of the key blocks `[N, H, c]` of heads `h`, unmasked."""
+        tokens = (blocks[..., None] * self.sel.block_k + self.inner).flatten(-2)
+        return self._tokens(b, q, tokens, h, None)
+
+    def _tokens(self, b: int, q: Tensor, tokens: Tensor, h: Tensor, mask: Tensor | None) -> Part:
+        """Attention over `tokens [N, H, C]` of heads `h`, under an additive mask and the column bias."""
+        kv = self.kv_head[h]
+        bias = self._bias(b, h, tokens)
+        if bias is not None:
+            mask = bias if mask is None else mask + bias
+        return self.kernel(q, self.k.take(b, kv, tokens), self.v.take(b, kv, tokens), mask)
+
+    def _uneven(self, b: int, q: Tensor, order: Tensor, counts: Tensor) -> Part:
+        """Key blocks where every (query block, head) has its own number of them: one kernel call per number."""
+        o = q.new_zeros((*q.shape[:4], self.p.v.shape[-1]))
+        lse = lse_of_nothing(q)
+        for c in counts.unique().tolist():
+            if c:
+                n, h = (counts == c).nonzero(as_tuple=True)
+                part = self._full(b, q[n, h][:, None], order[n, h, :c][:, None], h[:, None, None])
+                o[n, h], lse[n, h] = part[0][:, 0].to(o.dtype), part[1][:, 0]
+        return o, lse
+
+    def _partial(
+        self, b: int, row: int, q: Tensor, order: Tensor, n0: int, n1: int, c: int, first: int
+    ) -> Part:
+        """Key blocks cut by causality, masked token by token."""
+        counts = self.plan.full[row, :, n0:n1].t()[..., None]
+        slot = counts + torch.arange(c, device=q.device)
+        valid = torch.arange(c, device=q.device) < self.plan.partial[row, :, n0:n1].t()[..., None]
+        blocks = order.gather(-1, slot.clamp(max=order.shape[-1] - 1))
+        tokens = (blocks[..., None] * self.sel.block_k + self.inner).flatten(-2)
+        shown = torch.where(valid.repeat_interleave(self.sel.block_k, -1), tokens, self.p.at.Lk)
+        r = q.shape[2]
+        i = first + torch.arange((n1 - n0) * r, device=q.device).view(n1 - n0, 1, r, 1)
+        keep = (shown[:, :, None] <= i)[:, :, :, None]
+        mask = q.new_zeros(keep.shape).masked_fill_(~keep, -torch.inf)
+        return self._tokens(b, q, tokens.clamp(0, self.p.at.Lk - 1), self.all_heads, mask)
+
+    def _bias(self, b: int, h: Tensor, tokens: Tensor) -> Tensor | None:
+        """The column bias of the tokens, `[N, H, 1, G|1, C]`."""
+        if self.p.bias is None:
+            return None
+        bias = self.p.bias[b if self.p.bias.shape[0] > 1 else 0].float()
+        if bias.shape[0] == 1:
+            return bias[0][tokens][:, :, None, None]
+        bias = bias.unflatten(0, (self.heads, -1))
+        g = torch.arange(bias.shape[1], device=bias.device)[:, None]
+        return bias[h[..., None], g, tokens[:, :, None]][:, :, None]

@@ -1,0 +1,45 @@
+"""All earlier keys: the past unmasked, the queries' own tokens causal."""
+
+from torch import Tensor
+
+from hfpatch.ops import torch_masked
+from hfpatch.ops.call import Problem
+from hfpatch.ops.merge import Part
+from hfpatch.ops.torch_kernel import Kernel
+from hfpatch.ops.torch_output import Output, blocked
+
+SHORT = 2048
+
+
+def run(problem: Problem, out: Output, kernel: Kernel) -> None:
+    """Write dense causal attention to `out`."""
+    at = problem.at
+    if at.Lq == 1 and problem.bias is None:
+        out.write([kernel(blocked(problem.q, 1, at.Hkv), problem.k, problem.v)])
+    elif kernel.fused is None or problem.bias is not None:
+        torch_masked.run(problem, out, kernel)
+    else:
+        step = at.Hkv if at.Lq <= SHORT else 1
+        for b in range(at.B):
+            for h in range(0, at.Hkv, step):
+                _heads(problem, b, slice(h, h + step), out, kernel)
+
+
+def _heads(problem: Problem, b: int, heads: slice, out: Output, kernel: Kernel) -> None:
+    off, groups = problem.at.off, problem.groups
+    wide = slice(heads.start * groups, heads.stop * groups)
+    q, k, v = problem.q[b, wide], problem.k[b, heads], problem.v[b, heads]
+    n = k.shape[0]
+    parts = [_own_tokens(q.unflatten(0, (n, groups)), k[:, off:], v[:, off:], kernel)]
+    if off:
+        parts.append(kernel(blocked(q[None], 1, n), k[None, :, :off], v[None, :, :off]))
+    sinks = None if out.sinks is None else out.sinks[wide]
+    Output(out.out[b : b + 1, :, wide], out.lse[b : b + 1, wide], sinks).write(parts)
+
+
+def _own_tokens(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Part:
+    """Causal attention of `q [H, G, L, D]` over `k, v [H, L, D]`, as a part `[1, H, L, G, D]`."""
+    groups = q.shape[1]
+    shared = [t[:, None].expand(-1, groups, -1, -1) for t in (k, v)]
+    o, lse = kernel.causal(q, *shared)
+    return o.transpose(1, 2)[None], lse.transpose(1, 2)[None]

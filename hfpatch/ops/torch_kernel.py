@@ -1,0 +1,112 @@
+"""The dense inner step of the torch executor: attention of blocks of queries over blocks of keys, with its lse."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfpatch.ops.call import Problem
+from hfpatch.ops.merge import Part
+
+MATH_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Attention of `q [N, H, R, G, D]` over `k [N, H, C, D]`, `v [N, H, C, Dv]` -> `[N, H, R, G, Dv]`, `[N, H, R, G]`."""
+
+    scale: float
+    softcap: float | None
+    fused: Callable[..., Part] | None
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Kernel":
+        """The fastest step that can serve the problem: a fused one, or plain matrix products."""
+        plain = (
+            problem.softcap is not None or problem.v.shape[-1] != problem.q.shape[-1] or problem.needs_grad
+        )
+        fused = None if plain else _FUSED.get(problem.q.device.type)
+        return cls(problem.scale, problem.softcap, fused)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Part:
+        """Every query of a block sees every key, but for the additive `mask [N|1, H|1, R|1, G|1, C]`."""
+        n, h, r, g, d = q.shape
+        c = k.shape[2]
+        if c == 0:
+            return q.new_zeros(n, h, r, g, v.shape[-1]), lse_of_nothing(q)
+        if mask is not None:
+            m = mask.expand(*mask.shape[:2], r, g, c)
+            mask = m[:, :, 0, :1] if m.stride(2) == m.stride(3) == 0 else m.reshape(*m.shape[:2], r * g, c)
+            mask = mask.expand(n, h, r * g, c)
+        step = _math if self.fused is None else self.fused
+        extra = {"softcap": self.softcap} if self.fused is None else {}
+        o, lse = step(q.reshape(n, h, r * g, d), k, v, mask, scale=self.scale, **extra)
+        if mask is not None and self.fused is not None:
+            o, lse = _blank(o, lse, mask)
+        return o.unflatten(2, (r, g)), lse.unflatten(2, (r, g))
+
+    def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Part:
+        """Query n sees keys 0..n of its own block: `q [N, H, L, D]`; a fused step only."""
+        if self.fused is None:
+            raise TypeError("causal blocks need a fused step")
+        return self.fused(q, k, v, None, scale=self.scale, causal=True)
+
+
+def lse_of_nothing(q: Tensor) -> Tensor:
+    """The lse `[...]` of queries `q [..., D]` that see no key."""
+    return torch.full(q.shape[:-1], -torch.inf, device=q.device)
+
+
+def _blank(o: Tensor, lse: Tensor, mask: Tensor) -> Part:
+    """Rows without a key: the fused steps return an arbitrary lse for them."""
+    if lse.device.type == "cpu" and not bool(((lse == 0) | ~lse.isfinite()).any()):
+        return o, lse
+    empty = mask.isneginf().all(-1)
+    return o.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False) -> Part:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o, lse = flash(_dense(q), _dense(k), _dense(v), 0.0, causal, attn_mask=mask, scale=scale)
+    return o, lse.float()
+
+
+def _cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False
+) -> Part:
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    if mask is not None:
+        c = mask.shape[-1]
+        aligned = q.new_empty((*mask.shape[:3], -(-c // 16) * 16))[..., :c]
+        mask = aligned.copy_(mask)
+    o, lse = efficient(_dense(q), _dense(k), _dense(v), mask, True, 0.0, causal, scale=scale)[:2]
+    return o, lse[..., : q.shape[2]].float()
+
+
+_FUSED: dict[str, Callable[..., Part]] = {"cpu": _cpu, "cuda": _cuda}
+
+
+def _math(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
+) -> Part:
+    """Plain matrix products with float32 accumulation, some rows at a time."""
+    n, h, r, _ = q.shape
+    acc = torch.promote_types(q.dtype, torch.float32)
+    kt, v = k.to(acc).mT, v.to(acc)
+    step = max(1, MATH_ELEMENTS // max(1, n * h * k.shape[2]))
+    outs, lses = [], []
+    for at in range(0, r, step):
+        logits = (q[:, :, at : at + step].to(acc) * scale) @ kt
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            logits = logits + mask[:, :, at : at + step]
+        lse = torch.logsumexp(logits, dim=-1)
+        outs.append(torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0)[..., None]) @ v)
+        lses.append(lse.float())
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
