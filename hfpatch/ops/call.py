@@ -76,21 +76,15 @@ def check(
         raise ExecutorError("attend() takes q, k and v of shape [batch, heads, length, head_dim].")
     (b, hq, lq, d), (hkv, lk) = q.shape, k.shape[1:3]
     if k.shape != (b, hkv, lk, d) or v.shape[:3] != (b, hkv, lk):
-        raise ExecutorError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together."
-        )
+        raise ExecutorError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together.")
     if hkv == 0 or hq % hkv:
         raise ExecutorError(f"{hq} query heads cannot share {hkv} key-value heads evenly.")
     if lq > lk:
-        raise ExecutorError(
-            f"There are {lq} queries and only {lk} keys; k must include the queries' own tokens."
-        )
+        raise ExecutorError(f"There are {lq} queries and only {lk} keys; k must include the queries' own tokens.")
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
         raise ExecutorError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}.")
     if sinks is not None and sinks.shape != (hq,):
-        raise ExecutorError(
-            f"sinks must have shape [{hq}] (one logit per query head), not {list(sinks.shape)}."
-        )
+        raise ExecutorError(f"sinks must have shape [{hq}] (one logit per query head), not {list(sinks.shape)}.")
     if bias is not None and not (
         bias.dim() == 3 and bias.shape[0] in (1, b) and bias.shape[1] in (1, hq) and bias.shape[2] == lk
     ):

@@ -50,9 +50,7 @@ def choose(problem: Problem, name: str | None = None) -> Executor:
     """The executor named, or the first of the device's table that can run the problem."""
     if name is not None:
         if name not in _EXECUTORS:
-            raise ExecutorError(
-                f"There is no executor called {name!r}; choose from {', '.join(sorted(_EXECUTORS))}."
-            )
+            raise ExecutorError(f"There is no executor called {name!r}; choose from {', '.join(sorted(_EXECUTORS))}.")
         reason = _EXECUTORS[name].supports(problem)
         if reason is not None:
             raise ExecutorError(f"Executor {name!r} cannot run this call: {reason}.")

@@ -133,9 +133,7 @@ class _Work:
                 o[n, h], lse[n, h] = part[0][:, 0].to(o.dtype), part[1][:, 0]
         return o, lse
 
-    def _partial(
-        self, b: int, row: int, q: Tensor, order: Tensor, n0: int, n1: int, c: int, first: int
-    ) -> Part:
+    def _partial(self, b: int, row: int, q: Tensor, order: Tensor, n0: int, n1: int, c: int, first: int) -> Part:
         """Key blocks cut by causality, masked token by token."""
         counts = self.plan.full[row, :, n0:n1].t()[..., None]
         slot = counts + torch.arange(c, device=q.device)

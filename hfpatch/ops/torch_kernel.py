@@ -14,7 +14,7 @@ MATH_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Kernel:
-    """Attention of `q [N, H, R, G, D]` over `k [N, H, C, D]`, `v [N, H, C, Dv]` -> `[N, H, R, G, Dv]`, `[N, H, R, G]`."""
+    """Attention of `q [N, H, R, G, D]` over `k [N, H, C, D]`, `v [N, H, C, Dv]`: a part `[N, H, R, G, ...]`."""
 
     scale: float
     softcap: float | None
@@ -23,9 +23,7 @@ class Kernel:
     @classmethod
     def of(cls, problem: Problem) -> "Kernel":
         """The fastest step that can serve the problem: a fused one, or plain matrix products."""
-        plain = (
-            problem.softcap is not None or problem.v.shape[-1] != problem.q.shape[-1] or problem.needs_grad
-        )
+        plain = problem.softcap is not None or problem.v.shape[-1] != problem.q.shape[-1] or problem.needs_grad
         fused = None if plain else _FUSED.get(problem.q.device.type)
         return cls(problem.scale, problem.softcap, fused)
 
@@ -76,9 +74,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, 
     return o, lse.float()
 
 
-def _cuda(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False
-) -> Part:
+def _cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False) -> Part:
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     if mask is not None:
         c = mask.shape[-1]
@@ -91,9 +87,7 @@ def _cuda(
 _FUSED: dict[str, Callable[..., Part]] = {"cpu": _cpu, "cuda": _cuda}
 
 
-def _math(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
-) -> Part:
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None) -> Part:
     """Plain matrix products with float32 accumulation, some rows at a time."""
     n, h, r, _ = q.shape
     acc = torch.promote_types(q.dtype, torch.float32)
