@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,6 +96,12 @@ class Patch:
         for layer, _ in self._plan:
             detach(layer.module)
         del self._model.__dict__[HANDLE]
+
+    def __getattr__(self, name: str) -> Any:
+        for method in self.__dict__.get("methods", ()):
+            if name in method.drives:
+                return partial(getattr(method, name), self._model)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         names = ", ".join(m.name for m in self.methods)

@@ -42,6 +42,7 @@ def _moved(states: dict[Rows, State], source: list[int]) -> dict[Rows, State]:
 class _Following:
     """Mixin of a cache layer that takes method states along."""
 
+    __slots__ = ()
     hfpatch_states: dict[str, dict[Rows, State]]
 
     def _move(self, source: list[int]) -> None:

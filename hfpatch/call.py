@@ -31,7 +31,6 @@ class AttentionCall:
     rows: tuple[int, ...] = ()
     hidden: Tensor | None = None
     module: nn.Module | None = None
-    extras: dict[str, Any] = field(default_factory=dict)
     states: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -97,5 +96,5 @@ class AttentionCall:
         return AttentionCall(
             self.layer, self.num_layers, self.phase, self.q[pick], self.k[pick], self.v[pick], self.scale,
             self.softcap, self.sinks, None if self.bias is None else self.bias, tuple(self.rows[r] for r in rows),
-            None if self.hidden is None else self.hidden[pick], self.module, self.extras, self.states,
+            None if self.hidden is None else self.hidden[pick], self.module, self.states,
         )  # fmt: skip

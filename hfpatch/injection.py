@@ -35,6 +35,7 @@ _HARMLESS = frozenset(
         *("sliding_window", "softcap", "s_aux", "sinks"),
     }
 )
+_UNKNOWN = -1
 _NATIVE_SPARSE = ("indexed", "sparse", "indices")
 
 
@@ -65,7 +66,7 @@ class Survey:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _functions(cls: type) -> Iterator[types.FunctionType]:
+def _functions(cls: Any) -> Iterator[types.FunctionType]:
     for base in cls.__mro__:
         if base in (nn.Module, object):
             break
@@ -76,9 +77,14 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 
 
 @cache
-def dispatching_function(cls: type) -> types.FunctionType | None:
-    """The method of `cls` that looks its attention function up in the AttentionInterface, if any."""
+def _dispatching(cls: Any) -> types.FunctionType | None:
     return next((fn for fn in _functions(cls) if DISPATCH in fn.__code__.co_names), None)
+
+
+def dispatching_function(module: nn.Module) -> types.FunctionType | None:
+    """The function of the module's class that looks up the AttentionInterface, if any."""
+    cls: Any = type(module)
+    return _dispatching(cls)
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
@@ -104,7 +110,7 @@ def _kind(module: nn.Module) -> str:
         return "full"
     if getattr(module, "is_sliding", False) or getattr(module, "sliding_window", None):
         return "sliding"
-    dispatch = dispatching_function(type(module))
+    dispatch = dispatching_function(module)
     reads_window = dispatch is not None and "sliding_window" in (
         *dispatch.__code__.co_names,
         *dispatch.__code__.co_consts,
@@ -123,7 +129,7 @@ def survey(model: nn.Module) -> Survey:
         if isinstance(module, PreTrainedModel):
             continue
         cls = type(module)
-        if dispatching_function(cls) is None or not hasattr(module, "config"):
+        if dispatching_function(module) is None or not hasattr(module, "config"):
             if "attention" in cls.__name__.lower() and not any(True for _ in module.children() if _is_attention(_)):
                 foreign.add(cls.__name__)
             continue
@@ -133,7 +139,7 @@ def survey(model: nn.Module) -> Survey:
         index = getattr(module, "layer_idx", None)
         layers.append(AttentionLayer(name, module, index if isinstance(index, int) else len(layers), _kind(module)))
     if not layers:
-        raise UnsupportedModelError(_refusal(model, foreign))
+        raise UnsupportedModelError(_refusal(model, foreign, bool(skipped)))
     if len({x.index for x in layers}) < len(layers):
         layers = [AttentionLayer(x.name, x.module, n, x.kind) for n, x in enumerate(layers)]
     config = layers[0].module.config
@@ -146,15 +152,18 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _text_root(model: nn.Module) -> tuple[nn.Module, str]:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else model
     if not isinstance(decoder, nn.Module) or decoder is model:
         return model, ""
     name = next((n for n, m in model.named_modules() if m is decoder), None)
     return (decoder, f"{name}.") if name else (model, "")
 
 
-def _refusal(model: nn.Module, foreign: set[str]) -> str:
+def _refusal(model: nn.Module, foreign: set[str], bidirectional: bool) -> str:
     what = type(model).__name__
+    if bidirectional:
+        return f"{what} cannot be patched: its attention is not causal. Use a causal language model."
     if foreign:
         classes = ", ".join(sorted(foreign))
         return (
@@ -171,7 +180,7 @@ def _refusal(model: nn.Module, foreign: set[str]) -> str:
 def attach(module: nn.Module, runtime: Runtime) -> None:
     """Send the module's attention calls to `runtime`."""
     runtime.base_config = module.config
-    config = copy.copy(module.config)
+    config: Any = copy.copy(module.config)
     config._attn_implementation_internal = NAME
     module.config = config
     setattr(module, RUNTIME, runtime)
@@ -231,8 +240,10 @@ class RawCall:
     @cached_property
     def total(self) -> int:
         """Tokens seen so far, this call's included, asked of the cache after its update."""
-        length = _cache_length(self.cache, getattr(self.module, "layer_idx", None))
-        return self.k.shape[2] if length is None else length
+        if self.cache is None:
+            return self.k.shape[2]
+        length = _cache_length(self.cache, getattr(self.module, "layer_idx", None), self.k)
+        return _UNKNOWN if length is None else length
 
     @property
     def scale(self) -> float:
@@ -259,7 +270,7 @@ class RawCall:
     def base(self) -> tuple[Tensor, Tensor | None]:
         """The call as the unpatched model would make it: `(out [B, Lq, Hq, Dv], weights or None)`."""
         module: Any = self.module
-        scope = dispatching_function(type(module)).__globals__  # type: ignore[union-attr]
+        scope = dispatching_function(module).__globals__  # type: ignore[union-attr]
         name = self.base_name
         fn: Callable[..., Any] = scope[DISPATCH].get_interface(name, scope.get("eager_attention_forward"))
         if "flash" in name or "paged" in name or "/" in name:
@@ -282,6 +293,8 @@ class RawCall:
             return f"the call carries {', '.join(odd)}"
         if self.mask is not None and not isinstance(self.mask, Tensor):
             return f"a {type(self.mask).__name__} mask"
+        if self.total == _UNKNOWN:
+            return f"a {type(self.cache).__name__} that does not tell its length"
         if self.total > self.k.shape[2]:
             return "a cache that has dropped keys"
         return None
@@ -298,14 +311,15 @@ class RawCall:
         return cache_states(self.cache, getattr(self.module, "layer_idx", None), name)
 
 
-def _cache_length(cache: Any, layer_idx: int | None) -> int | None:
-    if cache is None or not hasattr(cache, "get_seq_length"):
-        return None
-    for index in [layer_idx] if layer_idx is not None else []:
+def _cache_length(cache: Any, layer_idx: int | None, key: Tensor) -> int | None:
+    """Tokens a cache has seen: asked of this layer, else of an earlier one, else of the layer that holds `key`."""
+    earlier = [] if layer_idx is None else range(layer_idx, -1, -1)
+    holders = (n for n, x in enumerate(getattr(cache, "layers", ())) if getattr(x, "keys", None) is key)
+    for index in (*earlier, *holders):
         try:
             return int(cache.get_seq_length(index))
         except (AttributeError, IndexError, NotImplementedError, ValueError):
-            break
+            continue
     return None
 
 

@@ -24,10 +24,9 @@ def parse_layers(spec: int | str | list[int] | None, num_layers: int) -> list[in
         if match is None:
             raise ConfigError(f"layers={spec!r} cannot be read; write for example '2-', '0-3,8' or '-4-'.")
         start = _resolve(int(match[1]), num_layers)
+        stop = start
         if match[2]:
             stop = num_layers - 1 if match[3] is None else _resolve(int(match[3]), num_layers)
-        else:
-            stop = start
         if stop < start:
             raise ConfigError(f"layers={spec!r} runs backwards in {part!r}; the model has {num_layers} layers.")
         chosen.update(range(start, stop + 1))

@@ -20,7 +20,8 @@ class Method:
     One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
     (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases (a chunk counts as prefill),
     `needs` may name "lse", and `causality` says what a later token can change for an earlier one: "yes" nothing,
-    "tile" which keys the queries of its own block see, "no" anything.
+    "tile" which keys the queries of its own block see, "no" anything. `drives` names the methods that run the model
+    themselves; `get_patch(model).<name>(...)` calls them with the model first.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
@@ -29,6 +30,7 @@ class Method:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     kinds: ClassVar[frozenset[str]] = frozenset({"full"})
     needs: ClassVar[frozenset[str]] = frozenset()
+    drives: ClassVar[frozenset[str]] = frozenset()
     stateful: ClassVar[bool] = False
     trained: ClassVar[bool] = False
 

@@ -1,51 +1,120 @@
 """Reweighting softmax weights after the fact, exact on top of any executor."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .call import AttentionCall
-from .selection import Selection
+from .selection import Causal, Selection
+
+Factor = float | Tensor | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Key columns `keys [n]` and the factor on their softmax weights, a number or `[Hq]`."""
+    """Different key columns `keys` and the factor on their softmax weights.
 
-    keys: Tensor
-    factor: float | Tensor
+    `keys`: a tensor `[n]`, or a slice with start and stop. `factor`: a number, `[Hq]`, a tensor that broadcasts
+    to `[B, Hq, Lq, n]`, or a function from the weights `[B, Hq, Lq, n]` before this regroup to such a tensor.
+    """
+
+    keys: Tensor | slice
+    factor: Factor
+
+    def indices(self, device: torch.device) -> Tensor:
+        """The columns as a tensor `[n]`."""
+        if isinstance(self.keys, slice):
+            return torch.arange(self.keys.start, self.keys.stop, device=device)
+        return self.keys.to(device)
 
 
-def column_weights(call: AttentionCall, keys: Tensor, lse: Tensor, selection: Selection | None) -> Tensor:
-    """Softmax weights `[B, Hq, Lq, n]` in float32 of the key columns `keys [n]`, given `lse [B, Hq, Lq]`."""
-    k = call.k[:, :, keys].float().repeat_interleave(call.groups, dim=1)
-    logits = call.scale * (call.q.float() @ k.transpose(-1, -2))
+def column_weights(
+    call: AttentionCall, keys: Tensor | slice, lse: Tensor, selection: Selection | None
+) -> Tensor:
+    """Softmax weights `[B, Hq, Lq, n]` in lse's dtype of the key columns `keys`, given `lse [B, Hq, Lq]`."""
+    q = call.q.to(lse.dtype).unflatten(1, (call.Hkv, call.groups))
+    k = call.k[:, :, None, keys].to(lse.dtype)
+    logits = (q * (k * call.scale)).sum(-1, keepdim=True) if k.shape[3] == 1 else q @ (k * call.scale).mT
+    logits = logits.flatten(1, 2)
     if call.softcap is not None:
         logits = torch.tanh(logits / call.softcap) * call.softcap
     if call.bias is not None:
-        logits = logits + call.bias[..., keys].float()[:, :, None]
-    i, j = call.layout.positions(keys)
-    seen = (j <= i)[None, None] if selection is None else selection.mask(call.layout, keys)
+        logits = logits + call.bias[..., keys].to(lse.dtype)[:, :, None]
     weights = torch.exp(logits - lse[..., None])
-    return torch.where(seen & torch.isfinite(lse)[..., None], weights, torch.zeros_like(weights))
+    dense = selection is None or isinstance(selection, Causal)
+    if dense and isinstance(keys, slice) and keys.stop <= call.off + 1:
+        return weights
+    columns = Columns(keys, 1.0).indices(lse.device)
+    seen = (selection or Causal()).mask(call.layout, columns)
+    return torch.where(seen & torch.isfinite(lse)[..., None], weights, 0.0)
 
 
 def regroup(
     call: AttentionCall, out: Tensor, lse: Tensor, groups: list[Columns], selection: Selection | None
 ) -> tuple[Tensor, Tensor]:
-    """Multiply the softmax weights of each column group by its factor and renormalise.
+    """Multiply the softmax weights of each column group by its factor and renormalise, one group after the other.
 
-    `out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]`; a sink logit keeps factor 1. Groups must be disjoint.
-    With masses m_i and partial outputs o_i: out' = (out + sum (f_i - 1) o_i) / (1 + sum (f_i - 1) m_i).
+    `out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]`; a sink logit keeps factor 1. Groups may share columns: each sees the
+    weights the earlier ones left. With weights w and factors f on columns C:
+    out' = (out + sum_C (f - 1) w v) / (1 + sum_C (f - 1) w).
     """
-    total = out.float()
-    norm = torch.ones_like(lse)
+    total = out.to(lse.dtype)
+    done: list[tuple[Tensor, Tensor]] = []
     for group in groups:
         weights = column_weights(call, group.keys, lse, selection)
-        extra = torch.as_tensor(group.factor, device=out.device, dtype=torch.float32) - 1
-        weights = weights * extra.reshape(1, -1, 1, 1)
-        values = call.v[:, :, group.keys].float().repeat_interleave(call.groups, dim=1)
-        total = total + (weights @ values).transpose(1, 2)
-        norm = norm + weights.sum(-1)
-    return (total / norm.transpose(1, 2)[..., None]).to(out.dtype), lse + norm.log()
+        for keys, factor in done:
+            weights = weights * _shared(group.indices(lse.device), keys, factor)
+        factor = _broadcast(group.factor, weights)
+        extra = weights * (factor - 1)
+        norm = 1 + extra.sum(-1)
+        total = _added(total, extra, call.v[:, :, group.keys].to(lse.dtype)) / norm.transpose(1, 2)[..., None]
+        lse = lse + norm.log()
+        if len(groups) > 1:
+            done.append((group.indices(lse.device), factor))
+    return total.to(out.dtype), lse
+
+
+def _broadcast(factor: Factor, weights: Tensor) -> Tensor:
+    """The factor as a tensor that broadcasts to `weights [B, Hq, Lq, n]`."""
+    if callable(factor) and not isinstance(factor, Tensor):
+        return factor(weights)
+    if isinstance(factor, Tensor):
+        factor = factor.to(weights.device, weights.dtype)
+        return factor[:, None, None] if factor.dim() == 1 else factor
+    return weights.new_full((), factor)
+
+
+def _shared(keys: Tensor, earlier: Tensor, factor: Tensor) -> Tensor:
+    """What earlier groups did to the columns `keys [n]`, given their columns `earlier [m]` and factor `[..., m|1]`."""
+    same = (keys[:, None] == earlier).to(factor.dtype)
+    return 1 + (factor - 1).expand(*factor.shape[:-1], len(earlier)) @ same.mT if factor.dim() else _number(same, factor)
+
+
+def _number(same: Tensor, factor: Tensor) -> Tensor:
+    return 1 + (factor - 1) * same.sum(-1)
+
+
+def _added(total: Tensor, weights: Tensor, v: Tensor) -> Tensor:
+    """`total [B, Lq, Hq, Dv]` plus `weights [B, Hq, Lq, n]` times `v [B, Hkv, n, Dv]`."""
+    v = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)
+    if v.shape[2] == 1:
+        return torch.addcmul(total, weights.transpose(1, 2), v.transpose(1, 2))
+    return total + (weights @ v).transpose(1, 2)
+
+
+def initial_weight(call: AttentionCall, queries: int = 32) -> Tensor:
+    """Dense attention `[B, Hq, n]` that up to `queries` queries of the call's later half pay to its first token."""
+    at = torch.linspace(call.Lq // 2, call.Lq - 1, min(queries, call.Lq - call.Lq // 2), device=call.q.device).long()
+    q = call.q[:, :, at].float().unflatten(1, (call.Hkv, call.groups))
+    logits = (q @ (call.k.float() * call.scale)[:, :, None].mT).flatten(1, 2)
+    if call.softcap is not None:
+        logits = torch.tanh(logits / call.softcap) * call.softcap
+    if call.bias is not None:
+        logits = logits + call.bias.float()[:, :, None]
+    logits = logits.masked_fill(call.k_pos > call.q_pos[at, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    if call.sinks is not None:
+        lse = torch.logaddexp(lse, call.sinks.float()[:, None])
+    return torch.exp(logits[..., 0] - lse)
