@@ -5,7 +5,8 @@ layer that carries state is given a subclass of its own class that moves the sta
 Tensors in a state have rows first and are indexed; objects may define `reorder(index)` and `crop(length)`.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -39,48 +40,69 @@ def _moved(states: dict[Rows, State], source: list[int]) -> dict[Rows, State]:
     return out
 
 
-class _Following:
-    """Mixin of a cache layer that takes method states along."""
+def _move(layer: Any, source: list[int]) -> None:
+    layer.hfpatch_states = {name: _moved(states, source) for name, states in layer.hfpatch_states.items()}
 
-    __slots__ = ()
-    hfpatch_states: dict[str, dict[Rows, State]]
 
-    def _move(self, source: list[int]) -> None:
-        self.hfpatch_states = {name: _moved(states, source) for name, states in self.hfpatch_states.items()}
+def _reorder(layer: Any, beam_idx: Tensor) -> None:
+    _move(layer, beam_idx.tolist())
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._move(beam_idx.tolist())
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._move(indices.tolist())
+def _select(layer: Any, indices: Tensor) -> None:
+    _move(layer, indices.nonzero()[:, 0].tolist() if indices.dtype == torch.bool else indices.tolist())
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        rows = {row for states in self.hfpatch_states.values() for key in states for row in key}
-        self._move([row for row in range(max(rows, default=-1) + 1) for _ in range(repeats)])
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        super().crop(*args, **kwargs)  # type: ignore[misc]
-        length = int(self.get_seq_length())  # type: ignore[attr-defined]
-        for states in self.hfpatch_states.values():
-            for state in states.values():
-                for value in state.values():
-                    if hasattr(value, "crop"):
-                        value.crop(length)
+def _repeat(layer: Any, repeats: int) -> None:
+    rows = {row for states in layer.hfpatch_states.values() for key in states for row in key}
+    _move(layer, [row for row in range(max(rows, default=-1) + 1) for _ in range(repeats)])
 
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.hfpatch_states = {}
+
+def _crop(layer: Any, *args: Any, **kwargs: Any) -> None:
+    length = int(layer.get_seq_length())
+    for states in layer.hfpatch_states.values():
+        for state in states.values():
+            for value in state.values():
+                if hasattr(value, "crop"):
+                    value.crop(length)
+
+
+def _reset(layer: Any) -> None:
+    layer.hfpatch_states = {}
+
+
+_FOLLOW: dict[str, Callable[..., None]] = {
+    "reorder_cache": _reorder,
+    "batch_select_indices": _select,
+    "batch_repeat_interleave": _repeat,
+    "crop": _crop,
+    "reset": _reset,
+}
+
+
+def _then(original: Callable[..., None], follow: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        follow(self, *args, **kwargs)
+
+    return method
+
+
+def _restore(cls: type) -> Any:
+    made = _following(cls)
+    return made.__new__(made)
 
 
 @cache
 def _following(cls: type) -> type:
-    name = f"Hfpatch{cls.__name__}"
-    made = type(name, (_Following, cls), {"__module__": __name__, "__qualname__": name})
-    globals()[name] = made
-    return made
+    """Subclass of a cache layer's class that takes method states along.
+
+    A single base keeps the instance layout, so a layer can change into it; `_layer_type` is cleared because
+    Transformers registers every subclass that has one.
+    """
+    body: dict[str, Any] = {n: _then(getattr(cls, n), f) for n, f in _FOLLOW.items() if hasattr(cls, n)}
+    body["__reduce_ex__"] = lambda self, protocol: (_restore, (cls,), self.__dict__)
+    return type(cls)(f"Hfpatch{cls.__name__}", (cls,), {**body, "__module__": __name__, "_layer_type": None})
 
 
 def cache_states(cache: Any, layer_idx: int | None, name: str) -> dict[Rows, State]:
@@ -89,7 +111,8 @@ def cache_states(cache: Any, layer_idx: int | None, name: str) -> dict[Rows, Sta
     if layers is None or layer_idx is None or layer_idx >= len(layers):
         return {}
     layer = layers[layer_idx]
-    if not isinstance(layer, _Following):
+    if not hasattr(layer, "hfpatch_states"):
         layer.hfpatch_states = {}
-        layer.__class__ = _following(type(layer))
+        cls: Any = type(layer)
+        layer.__class__ = _following(cls)
     return layer.hfpatch_states.setdefault(name, {})

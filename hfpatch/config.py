@@ -26,7 +26,7 @@ def option(
     """A documented setting with its range; checked whenever a config is made."""
     meta = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=meta)  # type: ignore[return-value]
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
 
 
