@@ -198,15 +198,13 @@ def _assign(methods: list[Method], found: Survey) -> tuple[list[list[Method]], l
     why = ["not chosen"] * len(found.layers)
     for method in methods:
         wanted = set(parse_layers(method.config.layers, found.num_layers))
+        picked = set(method.pick([x.index for x in found.layers if x.index in wanted and x.kind in method.kinds]))
         for n, layer in enumerate(found.layers):
-            if layer.index not in wanted:
-                continue
-            if layer.kind not in method.kinds:
-                why[n] = f"{layer.kind} attention"
-            elif not method.covers(layer.index):
-                why[n] = f"dense by {method.name}'s settings"
-            else:
+            if layer.index in picked and layer.kind in method.kinds:
                 chosen[n].append(method)
+            elif layer.index in wanted:
+                left = layer.kind not in method.kinds
+                why[n] = f"{layer.kind} attention" if left else f"left dense by {method.name}"
     return chosen, why
 
 

@@ -40,9 +40,9 @@ class Method:
     def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.config = config
 
-    def covers(self, layer: int) -> bool:
-        """Whether decoder layer `layer`, already chosen by `layers`, is to be patched."""
-        return True
+    def pick(self, layers: list[int]) -> list[int]:
+        """Which of the decoder layers the user's `layers` leave to it, in order, the method wants."""
+        return layers
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         """Look at the model before it is patched; raise to refuse it."""

@@ -54,8 +54,8 @@ class Streaming(Method):
         self.acts_in = frozenset({"prefill", "decode"} if config.phase == "both" else {config.phase})
         self.causality = "tile" if config.last_queries else "yes"
 
-    def covers(self, layer: int) -> bool:
-        return layer >= self.settings.dense_layers
+    def pick(self, layers: list[int]) -> list[int]:
+        return [n for n in layers if n >= self.settings.dense_layers]
 
     def select(self, call: AttentionCall) -> Selection | None:
         s = self.settings
