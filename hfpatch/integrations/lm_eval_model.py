@@ -1,0 +1,161 @@
+"""The `hfpatch` model of lm-eval: its `hf` model with a patch."""
+
+import json
+import logging
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import Patch, PatchConfig, Report, get_patch, patch_model
+from ..errors import ConfigError, NotPatchedError
+from ..version import __version__
+from .merged_report import merge_reports
+from .right_padding import RightPadding
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ConfigError("lm-eval is not installed; run `pip install 'hfpatch[eval]'`.") from error
+
+EMBEDDED = "embedded"
+PREFIX = "patch_"
+logger = logging.getLogger(__name__)
+
+
+def location(pretrained: Any) -> Any:
+    """Where to load from: the embedded model's folder for "embedded"."""
+    from ..evals.testbed import CHECKPOINT
+
+    return str(CHECKPOINT) if isinstance(pretrained, str) and pretrained == EMBEDDED else pretrained
+
+
+def resolve_patch(patch: str | None, settings: dict[str, Any]) -> PatchConfig | None:
+    """Config of a patch spec with settings, None for "none". Raises ConfigError, UnknownMethodError."""
+    from ..evals.variants import parse_variants
+
+    if patch in (None, "", "none"):
+        if settings:
+            raise ConfigError(f"{PREFIX}{min(settings)} was given without a patch; add patch=NAME.")
+        return None
+    return parse_variants([str(patch)], settings)[1].config
+
+
+def take_settings(patch_args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Settings from `patch_args` (a dict or its JSON) and from `patch_NAME=...`, which leave `kwargs`."""
+    if isinstance(patch_args, str):
+        try:
+            patch_args = json.loads(patch_args)
+        except ValueError as error:
+            raise ConfigError(
+                f"patch_args={patch_args!r} is not valid JSON ({error}); between commas write "
+                f"{PREFIX}window=64,{PREFIX}sink=4 instead."
+            ) from error
+    if not isinstance(patch_args or {}, dict):
+        raise ConfigError(f'patch_args={patch_args!r} is not an object of settings; write {{"window": 64}}.')
+    own = [name for name in kwargs if name.startswith(PREFIX)]
+    return {**(patch_args or {}), **{name.removeprefix(PREFIX): kwargs.pop(name) for name in own}}
+
+
+@register_model("hfpatch")
+class HFPatchLM(HFLM):
+    """lm-eval's `hf` with a patch: `pretrained=...,patch=NAME,patch_window=64`, all else as for `hf`.
+
+    `pretrained` may be "embedded"; `patch` is what the command line takes: a name, NAME+NAME, a config file or folder,
+    a Hub id. Settings come as `patch_<setting>=value` or, where arguments are JSON, as an object in `patch_args`.
+    `strict` refuses loglikelihood requests for methods in which a later token can change an earlier one.
+    """
+
+    last_report: ClassVar[Report | None] = None
+
+    def __init__(
+        self,
+        pretrained: Any,
+        patch: str | None = None,
+        patch_args: dict[str, Any] | str | None = None,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._patch_config = resolve_patch(patch, take_settings(patch_args, kwargs))
+        self._strict, self._warned = strict, False
+        self._padding: RightPadding | None = None
+        self._others: list[dict[str, Any]] = []
+        super().__init__(location(pretrained), **kwargs)
+        if not isinstance(pretrained, str):
+            self._apply_patch()
+        if self.world_size == 1 and not kwargs.get("tp_plan") and hasattr(self, "accelerator"):
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        super()._create_model(*args, **kwargs)
+        self._apply_patch()
+
+    def _apply_patch(self) -> None:
+        if self._patch_config is not None:
+            patch_model(self._model, self._patch_config)
+
+    @property
+    def patch(self) -> Patch | None:
+        """The handle of the patch, None when the model runs as it is."""
+        try:
+            return get_patch(self.model)
+        except NotPatchedError:
+            return None
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        self._check_loglikelihood()
+        size = self.max_length + 1
+        self._padding = RightPadding((context + answer)[-size:][:-1] for _, context, answer in requests)
+        try:
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        finally:
+            self._padding = None
+
+    def _check_loglikelihood(self) -> None:
+        """Say once, or refuse, what one forward over question and answer means for the patch."""
+        if self.patch is None or (self._warned and not self._strict):
+            return
+        self._warned = True
+        loose = [m.name for m in self.patch.methods if m.causality != "yes"]
+        idle = [m.name for m in self.patch.methods if m.points() and "prefill" not in m.acts_in]
+        if loose:
+            told = (
+                f"Loglikelihood requests put the answer into the prompt, and with {' and '.join(loose)} later tokens "
+                "can change what earlier ones attend to, so an answer can influence its own score"
+            )
+            if self._strict:
+                raise ConfigError(f"{told}; use generation tasks, or leave out strict=True.")
+            logger.warning("%s; generation tasks are not concerned.", told)
+        if idle:
+            logger.warning(
+                "Loglikelihood requests are one prefill, in which %s does nothing: the scores are those of the model "
+                "without it. Use generation tasks.",
+                " and ".join(idle),
+            )
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        plain = self.patch is None or self._padding is None or attn_mask is not None or labels is not None
+        mask = None if plain else self._padding.mask(inps)  # type: ignore[union-attr]
+        if mask is None:
+            return super()._model_call(inps, attn_mask, labels)
+        autocast = torch.autocast(
+            self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        )
+        with torch.no_grad(), autocast:
+            return self.model(inps, attention_mask=mask).logits
+
+    def barrier(self) -> None:
+        """Wait for the other processes and collect what their patches did so far."""
+        super().barrier()
+        if self.world_size > 1 and self.patch is not None:
+            self._others = (self.gather_object(self.patch.report().to_dict()) or [])[1:]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes about the model, with the patch and its report over all processes."""
+        info = {**super().get_model_info(), "hfpatch_version": __version__, "patch": None}
+        if self.patch is not None:
+            report = merge_reports([self.patch.report().to_dict(), *self._others])
+            HFPatchLM.last_report = self.patch.report()
+            info |= {"patch": self.patch.config.to_dict(), "patch_report": report}
+        return info
