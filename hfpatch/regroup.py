@@ -9,6 +9,7 @@ from torch import Tensor
 from .call import AttentionCall
 from .selection import Causal, Selection
 
+VANISHED = 1e-5
 Factor = float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -30,9 +31,7 @@ class Columns:
         return self.keys.to(device)
 
 
-def column_weights(
-    call: AttentionCall, keys: Tensor | slice, lse: Tensor, selection: Selection | None
-) -> Tensor:
+def column_weights(call: AttentionCall, keys: Tensor | slice, lse: Tensor, selection: Selection | None) -> Tensor:
     """Softmax weights `[B, Hq, Lq, n]` in lse's dtype of the key columns `keys`, given `lse [B, Hq, Lq]`."""
     q = call.q.to(lse.dtype).unflatten(1, (call.Hkv, call.groups))
     k = call.k[:, :, None, keys].to(lse.dtype)
@@ -59,9 +58,11 @@ def regroup(
     `out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]`; a sink logit keeps factor 1. Groups may share columns: each sees the
     weights the earlier ones left. With weights w and factors f on columns C:
     out' = (out + sum_C (f - 1) w v) / (1 + sum_C (f - 1) w).
+    A query left with less than 1e-5 of its weight, where float32 ends here, sees nothing: out 0, lse -inf.
     """
     total = out.to(lse.dtype)
     done: list[tuple[Tensor, Tensor]] = []
+    gone: Tensor | None = None
     for group in groups:
         weights = column_weights(call, group.keys, lse, selection)
         for keys, factor in done:
@@ -69,10 +70,17 @@ def regroup(
         factor = _broadcast(group.factor, weights)
         extra = weights * (factor - 1)
         norm = 1 + extra.sum(-1)
+        if not (isinstance(group.factor, (int, float)) and group.factor > VANISHED):
+            empty = norm < VANISHED
+            gone = empty if gone is None else gone | empty
+            norm = norm.masked_fill(empty, 1.0)
         total = _added(total, extra, call.v[:, :, group.keys].to(lse.dtype)) / norm.transpose(1, 2)[..., None]
         lse = lse + norm.log()
         if len(groups) > 1:
             done.append((group.indices(lse.device), factor))
+    if gone is not None:
+        total = total.masked_fill(gone.transpose(1, 2)[..., None], 0.0)
+        lse = lse.masked_fill(gone, -torch.inf)
     return total.to(out.dtype), lse
 
 
@@ -89,7 +97,9 @@ def _broadcast(factor: Factor, weights: Tensor) -> Tensor:
 def _shared(keys: Tensor, earlier: Tensor, factor: Tensor) -> Tensor:
     """What earlier groups did to the columns `keys [n]`, given their columns `earlier [m]` and factor `[..., m|1]`."""
     same = (keys[:, None] == earlier).to(factor.dtype)
-    return 1 + (factor - 1).expand(*factor.shape[:-1], len(earlier)) @ same.mT if factor.dim() else _number(same, factor)
+    return (
+        1 + (factor - 1).expand(*factor.shape[:-1], len(earlier)) @ same.mT if factor.dim() else _number(same, factor)
+    )
 
 
 def _number(same: Tensor, factor: Tensor) -> Tensor:
