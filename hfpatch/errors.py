@@ -45,3 +45,7 @@ class IncompatibleMethodsError(HfpatchError):
 
 class ExecutorError(HfpatchError):
     """The executor asked for cannot run this call."""
+
+
+class InputError(HfpatchError):
+    """Text, tokenizer or files that a method cannot work with."""

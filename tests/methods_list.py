@@ -24,6 +24,7 @@ class MethodCase:
 
 METHODS = [
     MethodCase("dense", sliding=True),
+    MethodCase("infiniretri"),
     MethodCase("streaming", {"sink": 2, "window": 8}, {"window": 1 << 20}),
     MethodCase(
         "streaming", {"sink": 2, "window": 8, "last_queries": 5}, {"window": 1 << 20}, "tile", label="tri-shape"

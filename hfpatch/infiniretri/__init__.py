@@ -1,0 +1,1 @@
+"""The reading loop behind the `infiniretri` method: sentences, scores, loop; the method itself only captures."""
