@@ -26,18 +26,29 @@ def _take(value: Any, index: Tensor) -> Any:
     return value
 
 
+def _put(states: dict[Rows, State], rows: Rows, state: State, index: list[int]) -> None:
+    taken = {key: _take(value, torch.tensor(index)) for key, value in state.items()}
+    states.setdefault(rows, {}).update(taken)
+
+
 def _moved(states: dict[Rows, State], source: list[int]) -> dict[Rows, State]:
     """States after the batch became `[old[source[0]], old[source[1]], ...]`; rows keep together as they were."""
-    origin = {row: rows for rows in states for row in rows}
-    members: dict[Rows, list[int]] = {}
-    for new, old in enumerate(source):
-        if old in origin:
-            members.setdefault(origin[old], []).append(new)
     out: dict[Rows, State] = {}
-    for rows, new_rows in members.items():
-        index = torch.tensor([rows.index(source[n]) for n in new_rows])
-        out[tuple(new_rows)] = {key: _take(value, index) for key, value in states[rows].items()}
+    for rows, state in states.items():
+        new = [n for n, old in enumerate(source) if old in rows]
+        if new:
+            _put(out, tuple(new), state, [rows.index(source[n]) for n in new])
     return out
+
+
+def split_states(states: dict[Rows, State], rows: Rows) -> None:
+    """Part states of `rows` from those of others they were kept with, as when a shared prompt branches."""
+    for whole in list(states):
+        inside = tuple(r for r in whole if r in rows)
+        if inside and inside != whole:
+            state = states.pop(whole)
+            for part in (inside, tuple(r for r in whole if r not in rows)):
+                _put(states, part, state, [whole.index(r) for r in part])
 
 
 def _move(layer: Any, source: list[int]) -> None:

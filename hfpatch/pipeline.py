@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache_state import split_states
 from .call import AttentionCall
 from .injection import RawCall, is_compiling
 from .method import Method
@@ -98,6 +99,7 @@ class LayerRuntime:
             call = self._call(raw, phase, group)
             if call.Lq == 0:
                 continue
+            split_states(states, group.rows)
             call.states = states
             for part, chosen in self._routed(call, methods):
                 part_group = RowGroup(part.rows, group.start, group.stop)
