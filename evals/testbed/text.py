@@ -27,18 +27,17 @@ ADJECTIVES = _words(
 )
 NOUNS = _words(
     "anchor badger basket beacon blanket bottle bridge cactus camel candle canyon carpet castle comet "
-    "dolphin donkey dragon eagle ember engine falcon feather fiddle forest garden goblet hammer harbor helmet "
-    "island jacket kettle ladder lantern lemon lizard magnet maple meadow mirror nebula needle ocean orchid otter "
-    "parrot pebble pencil pepper pigeon planet quartz rabbit raven river rocket saddle shadow spider temple "
-    "tiger timber tunnel turtle umbrella valley velvet violin walnut whistle willow window yacht zebra"
+    "dolphin donkey dragon eagle ember engine falcon feather fiddle forest garden goblet hammer harbor "
+    "helmet island jacket kettle ladder lantern lemon lizard magnet maple meadow mirror nebula needle ocean "
+    "orchid otter parrot pebble pencil pepper pigeon planet quartz rabbit raven river rocket saddle shadow spider "
+    "temple tiger timber tunnel turtle umbrella valley velvet violin walnut whistle willow window yacht zebra"
 )
 VERBS = _words(
     "borrows carries cleans finds follows greets guards hides ignores lifts measures moves opens paints "
     "praises remembers repairs sells studies visits watches"
 )
 PLACES = _words(
-    "airport bakery chapel farm kitchen library market museum office palace school "
-    "stadium station theater tower"
+    "airport bakery chapel farm kitchen library market museum office palace school stadium station theater tower"
 )
 TIMES = _words(
     "at dawn|before noon|after lunch|in the evening|at midnight|on Monday|in winter|every spring|"
@@ -46,9 +45,7 @@ TIMES = _words(
     "|",
 )
 TOPICS = {
-    "animal": _words(
-        "badger camel dolphin donkey eagle falcon lizard otter parrot pigeon rabbit tiger zebra"
-    ),
+    "animal": _words("badger camel dolphin donkey eagle falcon otter parrot pigeon rabbit tiger zebra"),
     "plant": _words("cactus lemon maple orchid pepper walnut willow"),
     "tool": _words("anchor hammer helmet kettle ladder lantern magnet needle pencil whistle"),
     "place": _words("bridge canyon castle forest garden harbor island meadow ocean river temple valley"),
