@@ -1,0 +1,128 @@
+"""From chunk scores to token lists: exactly N_b tokens per query block, no token twice.
+
+Everything is counted in units of `align` tokens; with align 1 a unit is a token. The list of query block n is
+
+    sink  | chosen chunks, in order of position | recent: `local` tokens before the block, and the block itself
+    [0,s) | within [s, low_n)                   | [low_n, high_n)
+
+so it is sorted, its runs do not meet, and the sink and the recent tokens are inside the budget. Chunks are taken
+best first; the one that no longer fits is cut to its first tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..selection import BlockMap, Layout
+
+
+@dataclass(frozen=True)
+class Room:
+    """The budget of query blocks `[nQ]`, in units: sink `[0, sink)`, recent `[low, high)`, `budget` units in all."""
+
+    sink: int
+    low: Tensor
+    high: Tensor
+    budget: int
+
+    @property
+    def free(self) -> Tensor:
+        """Units left for chosen chunks, `[nQ]`."""
+        return self.budget - self.sink - (self.high - self.low)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLists(BlockMap):
+    """A BlockMap whose lists are all full, sorted, and end with the query block's own tokens: counted in no time."""
+
+    def attended(self, at: Layout) -> int:  # type: ignore[override]
+        a, total = self.block_k, 0
+        width = self.indices.shape[-1] * a
+        for start in range(0, at.Lq, self.block_q):
+            rows = min(self.block_q, at.Lq - start)
+            own = -(-(at.off + start + rows) // a) * a - (at.off + start)
+            total += rows * (width - own) + rows * (rows + 1) // 2
+        return total * at.B * at.Hq
+
+
+def kept_units(score: Tensor, starts: Tensor, ends: Tensor, room: Room) -> tuple[Tensor, Tensor]:
+    """How many units of every chunk are kept, and where its candidates begin: `[B, H, nQ, C]`, `[B, 1, nQ, C]`.
+
+    `score [B, H, nQ, C]`, `starts`, `ends [B, C]` in units.
+    """
+    first = starts[:, None, None].clamp(min=room.sink)
+    length = (ends[:, None, None].minimum(room.low[:, None]) - first).clamp_min(0)
+    score = score.masked_fill(length == 0, -torch.inf)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    sizes = length.expand_as(score).gather(-1, order)
+    before = sizes.cumsum(-1) - sizes
+    fits = (room.free[:, None] - before).clamp_min(0).minimum(sizes)
+    return torch.empty_like(fits).scatter_(-1, order, fits), first
+
+
+def list_units(kept: Tensor, first: Tensor, room: Room) -> Tensor:
+    """Unit lists `[B, H, nQ, budget]`, sorted, from the units kept of every chunk.
+
+    A run that begins at unit u and at slot t of the list adds u - t to the slot number; that shift never falls
+    along the list, so one running maximum fills it in.
+    """
+    b, h, n, _ = kept.shape
+    slot = kept.cumsum(-1) - kept + room.sink
+    shift = (first - slot).masked_fill(kept == 0, 0)
+    slot = torch.where(kept > 0, slot, room.budget)
+    lists = kept.new_zeros(b, h, n, room.budget + 1)
+    lists.scatter_(-1, slot, shift)
+    recent = room.budget - (room.high - room.low)
+    lists.scatter_(-1, recent[:, None].expand(b, h, n, 1), (room.low - recent)[:, None].expand(b, h, n, 1))
+    lists = lists[..., :-1].cummax(-1).values
+    return lists + torch.arange(room.budget, device=kept.device)
+
+
+def choose(score: Tensor, starts: Tensor, ends: Tensor, room: Room, block_q: int, align: int) -> TokenLists:
+    """Token lists of all query blocks; every block must have at least `budget` units up to its end."""
+    kept, first = kept_units(score, starts, ends, room)
+    lists = list_units(kept, first, room).int()
+    return TokenLists(lists, lists.new_full(lists.shape[:3], room.budget), block_q, align)
+
+
+def score_chunks(q: Tensor, chunks: Tensor, shared: bool = False) -> Tensor:
+    """Chunk scores `[B, Hkv or 1, nQ, C]`: pooled queries `[B, Hkv, nQ, D]` against `chunks [B, Hkv, C, D]`.
+
+    `shared` averages the heads on both sides first, as the paper's code does.
+    """
+    if shared:
+        q, chunks = q.mean(1, keepdim=True), chunks.mean(1, keepdim=True)
+    return q @ chunks.mT
+
+
+def centre(score: Tensor, starts: Tensor, ends: Tensor, upto: Tensor) -> Tensor:
+    """Turn scores `[B, H, nQ, C]` of sqrt(len) * mean(k) into those of sqrt(len) * (mean(k) - mean of earlier keys).
+
+    Keys share a large common part, which the factor sqrt(len) turns into a liking for long chunks. Earlier keys are
+    the chunks that end at or before `upto [nQ]`, so nothing later is looked at.
+    """
+    length = ends - starts
+    root = length.float().sqrt()[:, None, None]
+    seen = (ends[:, None] <= upto[:, None])[:, None]
+    tokens = (length[:, None, None] * seen).sum(-1, keepdim=True).clamp_min(1)
+    mean = (score * root).masked_fill(~seen, 0).sum(-1, keepdim=True) / tokens
+    return score - mean * root
+
+
+def pool_queries(q: Tensor, kv_heads: int, block: int) -> Tensor:
+    """Mean of `q [B, Hq, Lq, D]` over query blocks and the heads of a group: `[B, Hkv, nQ, D]` in float32."""
+    n = q.shape[2]
+    whole = n // block
+    parts = []
+    if whole:
+        parts.append(_mean(q[:, :, : whole * block].unflatten(2, (whole, block)), kv_heads))
+    if n % block:
+        parts.append(_mean(q[:, :, whole * block :][:, :, None], kv_heads))
+    return torch.cat(parts, 2)
+
+
+def _mean(q: Tensor, kv_heads: int) -> Tensor:
+    return q.mean(3, dtype=torch.float32).unflatten(1, (kv_heads, -1)).mean(2)

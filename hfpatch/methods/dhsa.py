@@ -1,0 +1,204 @@
+"""Dynamic hierarchical sparse attention: learned or found chunk boundaries, a token budget per query block."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..call import AttentionCall
+from ..config import MethodConfig, option
+from ..dhsa import boundaries as cutting
+from ..dhsa.choose import Room, centre, choose, pool_queries, score_chunks
+from ..dhsa.table import ChunkTable
+from ..errors import ConfigError
+from ..method import Method
+from ..registry import register_method
+from ..selection import Causal, Rows, Selection
+
+KEY = "dhsa"
+
+
+@dataclass(kw_only=True)
+class DhsaConfig(MethodConfig):
+    """Settings of `dhsa`; sizes in tokens."""
+
+    method: ClassVar[str] = "dhsa"
+    budget: int | float = option(2048, "tokens every query block may see; below 1, that share of the keys", gt=0)
+    sink: int = option(64, "first tokens, always visible, inside the budget", ge=0)
+    local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
+    block_q: int = option(128, "queries that share one list of tokens, their own tokens inside the budget", ge=1)
+    boundaries: str = option("novelty", "where chunks begin", choices=("fixed", "novelty", "predictor", "oracle"))
+    chunk: int = option(16, "length of fixed chunks; of others the smallest mean length", ge=1)
+    longest: int = option(64, "longer chunks are split; 0 leaves them whole", ge=0)
+    window: int = option(4, "tokens compared on each side of a possible boundary", ge=1)
+    radius: int = option(8, "a boundary this close to a better one is dropped", ge=0)
+    threshold: float | None = option(None, "least boundary score (novelty 0..2, predictor logit, oracle ratio)")
+    heads: str = option("group", "one selection per key-value group, or one for all heads", choices=("group", "all"))
+    center: bool = option(True, "score keys by what sets them apart from the mean of the earlier ones")
+    question_tokens: int = option(64, "last queries of a prefill call, which attend densely", ge=0)
+    close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
+    align: int = option(1, "boundaries and lists are rounded to blocks of this many tokens", ge=1)
+    phase: str = option("both", "where the selection applies", choices=("both", "prefill", "decode"))
+    share: str = option("none", "what later layers take over", choices=("none", "boundaries", "selection"))
+    share_span: int = option(0, "patched layers that share with the first of them; 0 is all", ge=0)
+    predictor: str | None = option(None, "folder or Hub id of a trained boundary predictor")
+
+    def validate(self) -> None:
+        if isinstance(self.budget, float) and self.budget > 1:
+            raise ConfigError(f"dhsa: budget={self.budget} is neither a whole number of tokens nor a share up to 1.")
+        if isinstance(self.budget, int) and self.budget < self.least:
+            raise ConfigError(
+                f"dhsa: budget={self.budget} has no room for sink + local + block_q = {self.least} tokens; "
+                "raise it or lower one of these."
+            )
+        if self.boundaries == "fixed" and self.chunk % self.align:
+            raise ConfigError(f"dhsa: chunk={self.chunk} must be a multiple of align={self.align}.")
+        if self.block_q % self.align:
+            raise ConfigError(f"dhsa: block_q={self.block_q} must be a multiple of align={self.align}.")
+
+    @property
+    def least(self) -> int:
+        """Tokens that are visible whatever they score."""
+        slack = 3 * self.align if self.align > 1 else 0
+        return self.sink + self.local + self.block_q + slack
+
+    def units(self, keys: int) -> int:
+        """Budget in units of `align` tokens for a call with `keys` keys."""
+        wanted = self.budget if isinstance(self.budget, int) else max(self.least, math.ceil(self.budget * keys))
+        return -(-wanted // self.align)
+
+
+@register_method
+class Dhsa(Method):
+    """Chunks keys at found boundaries, scores chunks by pooled queries, shows each query block its best N_b tokens.
+
+    arXiv 2510.24606 (ICML 2026). As in the paper: variable chunks, sqrt(len) * mean(k) as their representation,
+    token budget, dense question, one more chunk for generated tokens in decode. Unlike the authors' code: sink and
+    recent tokens never displace selected ones, no token counts twice, one selection per key-value group, soft-cap
+    kept, batches, sparse decode. Query blocks have a fixed size there and here; the paper chunks queries as keys.
+    """
+
+    config_class = DhsaConfig
+    summary = "variable key chunks, token budget per query block"
+    paper = "https://arxiv.org/abs/2510.24606"
+    stateful = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dhsa-paper": {
+            "boundaries": "predictor", "threshold": 1.1, "heads": "all", "center": False, "sink": 128, "local": 0,
+            "block_q": 128, "chunk": 8, "longest": 0, "close_after": 0, "question_tokens": 64,
+        },
+    }  # fmt: skip
+
+    def __init__(self, config: DhsaConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self.settings = s = config
+        self.acts_in = frozenset({"prefill", "decode"} if s.phase == "both" else {s.phase})
+        tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.block_q
+        self.causality = "tile" if tiled else "no"
+        self._leader: dict[int, int] = {}
+        self._shared: dict[int, tuple[Any, Any]] = {}
+        self._counts: dict[int, tuple[Tensor, int]] = {}
+
+    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        s = self.settings
+        span = s.share_span or len(layers)
+        if s.share != "none":
+            self._leader = {layer: layers[n // span * span] for n, layer in enumerate(layers)}
+
+    def notes(self) -> list[str]:
+        """Chunk counts and mean chunk length of the last call that cut chunks, layer by layer."""
+        parts = [(layer, int(n), tokens) for layer, (n, tokens) in sorted(self._counts.items())]
+        return [f"dhsa: layer {layer}: {n} chunks, {t / n:.1f} tokens on average" for layer, n, t in parts]
+
+    @torch.no_grad()
+    def select(self, call: AttentionCall) -> Selection | None:
+        s = self.settings
+        units = s.units(call.Lk)
+        decode = call.phase == "decode"
+        if call.Lk <= units * s.align or (s.phase == "prefill" and decode):
+            return None
+        if s.share == "selection":
+            return self._from_leader(
+                call, "selection", (call.rows, call.Lq, call.Lk), lambda: self._choose(call, units)
+            )
+        return self._choose(call, units)
+
+    def _choose(self, call: AttentionCall, units: int) -> Selection | None:
+        s, a = self.settings, self.settings.align
+        table = self._table(call)
+        block = 1 if call.Lq == 1 else s.block_q
+        stop = call.Lq if call.phase == "decode" else max(0, call.Lq - s.question_tokens)
+        dense = min(max(0, (units * a - call.off) // block * block), stop)
+        if stop <= dense or call.off + stop <= units * a:
+            return None
+        begin = torch.arange(call.off + dense, call.off + stop, block, device=call.q.device)
+        end = (begin + block).clamp(max=call.off + stop)
+        sink = -(-s.sink // a)
+        room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units)
+        starts, ends = table.spans
+        q = pool_queries(call.q[:, :, dense:stop], call.Hkv, block)
+        score = score_chunks(q, table.represent(), shared=s.heads == "all")
+        if s.center:
+            score = centre(score, starts, ends, begin)
+        lists = choose(score, starts // a, ends // a, room, block, a)
+        parts = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
+        parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
+        return lists if len(parts) == 1 else Rows(parts)
+
+    def _table(self, call: AttentionCall) -> ChunkTable:
+        """The chunk table brought up to date; built anew from the keys when it is gone or the cache was cut back."""
+        table = call.state.get(KEY)
+        if table is None or table.closed > call.off:
+            table = ChunkTable.empty(call.k)
+            call.state[KEY] = table
+        s, fresh = self.settings, table.closed == 0
+        if call.Lq >= s.block_q or (fresh and call.Lq > 1):
+            self._close(table, call, call.Lk)
+        elif fresh or 0 < s.close_after <= call.off - table.closed:
+            self._close(table, call, call.off)
+        if table.closed < call.Lk:
+            table.grow(call.k)
+        return table
+
+    def _close(self, table: ChunkTable, call: AttentionCall, stop: int) -> None:
+        question = self.settings.question_tokens if stop == call.Lk and call.Lq > 1 else 0
+
+        def find(start: int, stop: int) -> Tensor:
+            key = (call.rows, start, stop)
+            make = lambda: self._find(call, start, stop, stop - question - start if question else None)  # noqa: E731
+            return self._from_leader(call, "boundaries", key, make) if self.settings.share == "boundaries" else make()
+
+        table.close(call.k[:, :, :stop], find)
+        starts, ends = table.spans
+        self._counts[call.layer] = ((ends > starts).sum(), call.B * table.seen)
+
+    def _find(self, call: AttentionCall, start: int, stop: int, forced: int | None) -> Tensor:
+        """Boundary flags `[B, stop - start]` of the tokens `start .. stop`."""
+        s = self.settings
+        if s.boundaries == "fixed":
+            flags = cutting.fixed(call.B, start, stop, s.chunk, call.k.device)
+        else:
+            score = self._score(call, start, stop)
+            if s.threshold is not None:
+                score = score.masked_fill(score <= s.threshold, -torch.inf)
+            flags = cutting.cut(score, cutting.Cutting(s.radius, s.chunk), forced)
+        if s.longest:
+            flags = cutting.split_long(flags, s.longest)
+        return cutting.snap(flags, start, s.align) if s.align > 1 else flags
+
+    def _score(self, call: AttentionCall, start: int, stop: int) -> Tensor:
+        s = self.settings
+        lead = min(start, s.window)
+        return cutting.novelty(call.k[:, :, start - lead : stop], s.window)[:, lead:]
+
+    def _from_leader(self, call: AttentionCall, what: str, key: Any, make: Any) -> Any:
+        leader = self._leader.get(call.layer, call.layer)
+        if call.layer != leader and self._shared.get(leader, (None, None))[0] == (what, key):
+            return self._shared[leader][1]
+        value = make()
+        if call.layer == leader:
+            self._shared[leader] = ((what, key), value)
+        return value
