@@ -17,9 +17,10 @@ from .errors import (
     NotPatchedError,
     UnsupportedModelError,
 )
-from .injection import AttentionLayer, Survey, attach, detach, survey
+from .injection import AttentionLayer, Survey, attach, check_queries, detach, survey
 from .layers import parse_layers
 from .method import Method, check_compatible
+from .ops import list_executors
 from .patch_config import PatchConfig
 from .pipeline import LayerRuntime
 from .registry import get_method, make_config
@@ -208,11 +209,19 @@ def _assign(methods: list[Method], found: Survey) -> tuple[list[list[Method]], l
     return chosen, why
 
 
+def _check_executors(config: PatchConfig) -> None:
+    known = [e.name for e in list_executors()]
+    for c in config.methods:
+        if c.executor is not None and c.executor not in known:
+            raise ConfigError(f"{c.method}: executor={c.executor!r} is not one of {', '.join(map(repr, known))}.")
+
+
 def _prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Patch:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"Expected a loaded Transformers model, not {type(model).__name__}.")
     config = _as_config(method, settings)
     methods = _build(config)
+    _check_executors(config)
     found = survey(model)
     chosen, why = _assign(methods, found)
     for some in chosen:
@@ -223,6 +232,9 @@ def _prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Patch:
             f"{'+'.join(m.name for m in methods)} would patch none of the {len(found.layers)} attention layers of "
             f"{type(model).__name__} ({reasons}); choose other `layers` or a method that acts on these."
         )
+    for n, some in enumerate(chosen):
+        if any("queries" in m.needs for m in some):
+            check_queries(found.layers[n].module)
     for m in methods:
         m.prepare(model, [x.index for n, x in enumerate(found.layers) if m in chosen[n]])
     plan = [

@@ -1,6 +1,6 @@
 """What a method sees of one attention call: real tokens only, padding already taken away."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,9 @@ class AttentionCall:
     """One layer call for rows that share their padding; query `n` sits at position `off + n`.
 
     q `[B, Hq, Lq, D]`, k `[B, Hkv, Lk, D]`, v `[B, Hkv, Lk, Dv]` after RoPE, key-value heads not repeated.
-    `rows` are the batch rows served; `state` survives from prefill to decode and dies with the cache.
+    `hidden [B, Lq, d_model]` is the attention module's input, `queries [B, Lq, Hq, D]` are the queries before RoPE
+    for methods whose `needs` name "queries". `rows` are the batch rows served; `state` survives from prefill to
+    decode and dies with the cache.
     """
 
     layer: int
@@ -30,6 +32,7 @@ class AttentionCall:
     bias: Tensor | None = None
     rows: tuple[int, ...] = ()
     hidden: Tensor | None = None
+    queries: Tensor | None = None
     module: nn.Module | None = None
     states: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
 
@@ -93,8 +96,17 @@ class AttentionCall:
         if rows == list(range(self.B)):
             return self
         pick = torch.tensor(rows, device=self.q.device)
-        return AttentionCall(
-            self.layer, self.num_layers, self.phase, self.q[pick], self.k[pick], self.v[pick], self.scale,
-            self.softcap, self.sinks, None if self.bias is None else self.bias, tuple(self.rows[r] for r in rows),
-            None if self.hidden is None else self.hidden[pick], self.module, self.states,
-        )  # fmt: skip
+
+        def some(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[0] == 1 else x[pick]
+
+        return replace(
+            self,
+            q=self.q[pick],
+            k=self.k[pick],
+            v=self.v[pick],
+            bias=some(self.bias),
+            hidden=some(self.hidden),
+            queries=some(self.queries),
+            rows=tuple(self.rows[r] for r in rows),
+        )

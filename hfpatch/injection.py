@@ -7,6 +7,7 @@ config, masks, caches and `generate` stay those of the implementation it was loa
 
 import copy
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from .padding import RowGroup, row_groups
 NAME = "hfpatch"
 RUNTIME = "_hfpatch"
 CONTEXT = "hfpatch_ctx"
+QUERIES = "_hfpatch_queries"
 DISPATCH = "ALL_ATTENTION_FUNCTIONS"
 
 _HARMLESS = frozenset(
@@ -43,6 +45,9 @@ class Runtime(Protocol):
     """What a patched module carries: it answers the module's attention calls."""
 
     base_config: Any
+
+    @property
+    def needs(self) -> frozenset[str]: ...
 
     def run(self, raw: "RawCall") -> tuple[Tensor, Tensor | None]: ...
 
@@ -185,6 +190,8 @@ def attach(module: nn.Module, runtime: Runtime) -> None:
     module.config = config
     setattr(module, RUNTIME, runtime)
     module.register_forward_pre_hook(_add_context, with_kwargs=True)
+    if "queries" in runtime.needs:
+        _query_source(module).register_forward_hook(_QueryHook(module))
 
 
 def detach(module: nn.Module) -> None:
@@ -194,6 +201,38 @@ def detach(module: nn.Module) -> None:
     for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _add_context]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+    vars(module).pop(QUERIES, None)
+    for child in module.children():
+        for key in [k for k, hook in child._forward_hooks.items() if isinstance(hook, _QueryHook)]:
+            del child._forward_hooks[key]
+
+
+class _QueryHook:
+    """Puts what the query projection (or its norm) gave into the attention module, for the call that follows."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        vars(self.attention).setdefault(QUERIES, {})[threading.get_ident()] = output
+
+
+def _query_source(module: nn.Module) -> nn.Module:
+    """The child whose output is the query before RoPE. Raises UnsupportedModelError."""
+    children = dict(module.named_children())
+    if "q_norm" in children:
+        return children["q_norm"]
+    if "q_proj" in children and not {"k_norm", "q_layernorm"} & set(children):
+        return children["q_proj"]
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has neither a q_norm nor a q_proj of its own, so its queries before RoPE cannot be "
+        "read; use a method or router that does not need them."
+    )
+
+
+def check_queries(module: nn.Module) -> None:
+    """Raise UnsupportedModelError when the module's queries before RoPE cannot be read."""
+    _query_source(module)
 
 
 def _add_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -229,6 +268,17 @@ class RawCall:
     hidden: Tensor | None
     cache: Any
     base_config: Any
+
+    @cached_property
+    def queries(self) -> Tensor | None:
+        """Queries before RoPE `[B, Lq, Hq, D]`, where a method needs them and their shape can be told."""
+        found = vars(self.module).get(QUERIES, {}).pop(threading.get_ident(), None)
+        b, hq, lq, _ = self.q.shape
+        if found is None or found.numel() % (b * lq * hq):
+            return None
+        if found.ndim == 4 and found.shape[1] == hq and found.shape[2] == lq:
+            return found.transpose(1, 2)
+        return found.reshape(b, lq, hq, -1)
 
     @property
     def phase(self) -> str:

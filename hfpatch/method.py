@@ -19,9 +19,9 @@ class Method:
 
     One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
     (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases (a chunk counts as prefill),
-    `needs` may name "lse", and `causality` says what a later token can change for an earlier one: "yes" nothing,
-    "tile" which keys the queries of its own block see, "no" anything. `drives` names the methods that run the model
-    themselves; `get_patch(model).<name>(...)` calls them with the model first.
+    `needs` may name "lse" and "queries" (before RoPE). `causality` says what a later token can change for an earlier
+    one: "yes" nothing, "tile" which keys the queries of its own block see, "no" anything. `drives` names the methods
+    that run the model themselves; `get_patch(model).<name>(...)` calls them with the model first.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig

@@ -53,6 +53,11 @@ class LayerRuntime:
             for phase in ("prefill", "chunk", "decode")
         }
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the methods need beyond q, k and v."""
+        return frozenset[str]().union(*(m.needs for m in self.methods))
+
     def run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
         """Attention output `[B, Lq, Hq, Dv]` and weights (None unless the base gives them)."""
         if is_compiling() and not any(self._acting.values()):
@@ -115,11 +120,13 @@ class LayerRuntime:
             x = x if whole else x[list(group.rows)] if len(group.rows) > 1 else x[group.rows[0] : group.rows[0] + 1]
             return x if (a, b) == (0, x.shape[dim]) else x.narrow(dim, a, max(b - a, 0))
 
+        queries = raw.queries if "queries" in self.needs else None
         return AttentionCall(
             layer=self.layer, num_layers=self.num_layers, phase=phase,
             q=cut(raw.q, first, last), k=cut(raw.k, group.start, group.stop), v=cut(raw.v, group.start, group.stop),
             scale=raw.scale, softcap=raw.softcap, sinks=raw.sinks, rows=group.rows,
             hidden=None if raw.hidden is None else cut(raw.hidden, first, last, 1), module=raw.module,
+            queries=None if queries is None else cut(queries, first, last, 1),
         )  # fmt: skip
 
     def _routed(self, call: AttentionCall, methods: list[Method]) -> list[tuple[AttentionCall, list[Method]]]:
