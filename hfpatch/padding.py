@@ -75,7 +75,10 @@ def _ranges(valid: Tensor) -> list[tuple[int, int]] | str:
 
 
 def _is_causal(mask: Tensor, valid: Tensor, off: int) -> bool:
-    """Whether `mask [B, Lq, L]` is causality from position `off` and `valid [B, L]`; pad queries are not looked at."""
+    """Whether `mask [B, Lq, L]` is causality from position `off` and `valid [B, L]`.
+
+    Pad queries must see just that too, or everything: packed sequences before the last one look like padding else.
+    """
     batch, lq, total = mask.shape
     j = torch.arange(total, device=mask.device)
     step = max(1, _CHUNK // max(1, total * batch))
@@ -86,6 +89,7 @@ def _is_causal(mask: Tensor, valid: Tensor, off: int) -> bool:
         wrong = _kept(part) != want
         if part.dtype != torch.bool:
             wrong |= (part != 0) & (part > torch.finfo(part.dtype).min / 2)
-        if (wrong & valid[:, i, None]).any():
+        wrong_rows = wrong.any(-1) & (valid[:, i] | ~_kept(part).all(-1))
+        if wrong_rows.any():
             return False
     return True
