@@ -1,0 +1,98 @@
+"""Runs the cells of all jobs, journals them, and writes the results."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .bench import break_evens
+from .cells import Cell, Data, Job, Session
+from .results import JOURNAL, RESULTS, SAMPLES, Journal, environment, write_json, write_jsonl
+from .variants import Variant
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides what a run measures."""
+
+    title: str
+    model: str
+    variants: Sequence[Variant]
+    jobs: Sequence[Job]
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+    about: str = ""
+    extra: Data = field(default_factory=dict)
+
+    def cells(self) -> list[tuple[Job, Cell]]:
+        """All cells in order."""
+        return [(job, cell) for job in self.jobs for cell in job.cells(self.variants)]
+
+    def steps(self, cells: Sequence[tuple[Job, Cell]]) -> int:
+        """Progress steps of these cells."""
+        return sum(job.steps(cell, self.variants) for job, cell in cells)
+
+    def arguments(self) -> Data:
+        """What was asked for, as plain data; two runs with equal arguments give equal results, times aside."""
+        return {
+            "title": self.title, "about": self.about, "model": self.model, "dtype": self.dtype, "device": self.device,
+            "seed": self.seed, "variants": [v.to_dict() for v in self.variants],
+            "jobs": [{"label": j.label, "kind": j.kind, **j.settings()} for j in self.jobs],
+        }  # fmt: skip
+
+
+def _no_progress(title: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None)
+
+
+def execute(run: Run, out: Path, *, fresh: bool = False, progress: Progress = _no_progress) -> Data:
+    """Run what is not yet in the folder's journal, write results.json and samples.jsonl, return the results."""
+    journal = Journal(out / JOURNAL, run.arguments()).open(fresh=fresh)
+    todo = [(job, cell) for job, cell in run.cells() if cell.key not in journal.done]
+    session = Session(run.model, run.variants, run.dtype, run.device, run.seed)
+    with progress(run.title, run.steps(todo)) as step:
+        session.step = step
+        for job, cell in todo:
+            start = time.perf_counter()
+            result = job.run(cell, session)
+            record = {"data": result.data, "samples": result.samples, "seconds": time.perf_counter() - start}
+            journal.add(cell.key, {**record, "model": session.loaded.describe()})
+    return write_results(run, journal, out)
+
+
+def write_results(run: Run, journal: Journal, out: Path) -> Data:
+    """results.json and samples.jsonl from the journal's cells, in the run's order."""
+    results = collect(run, journal)
+    lines = [journal.done[cell.key] for _, cell in run.cells()]
+    write_jsonl(out / SAMPLES, (sample for line in lines for sample in line["samples"]))
+    write_json(out / RESULTS, results)
+    return results
+
+
+def collect(run: Run, journal: Journal) -> Data:
+    """The content of results.json."""
+    jobs: list[dict[str, Any]] = []
+    for job in run.jobs:
+        cells = job.cells(run.variants)
+        rows = job.rows({cell: journal.done[cell.key]["data"] for cell in cells})
+        entry = {"label": job.label, "kind": job.kind, "settings": job.settings(), "rows": rows}
+        if job.kind == "latency":
+            entry["break_even"] = break_evens(rows)
+        jobs.append(entry)
+    any_cell = next(iter(journal.done.values()), {})
+    return {
+        "title": run.title,
+        "about": run.about,
+        "environment": environment(run.device),
+        "model": any_cell.get("model"),
+        "arguments": run.arguments(),
+        "seed": run.seed,
+        "variants": [v.to_dict() for v in run.variants],
+        "jobs": jobs,
+        "seconds": sum(line["seconds"] for line in journal.done.values()),
+    }

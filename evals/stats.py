@@ -1,0 +1,64 @@
+"""Medians, spreads and break-even lengths."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+GIB = 2**30
+
+
+def summarise(runs: Sequence[float]) -> dict[str, Any]:
+    """Median with its spread: the quartiles of four or more runs, else the extremes."""
+    if len(runs) >= 4:
+        low, _, high = quantiles(runs, n=4, method="inclusive")
+        kind = "quartiles"
+    else:
+        low, high, kind = min(runs), max(runs), "extremes"
+    return {"median": median(runs), "low": low, "high": high, "spread": kind, "runs": list(runs)}
+
+
+def break_even(speedups: Mapping[int, float]) -> dict[str, Any]:
+    """From which length on a variant is faster than dense, given `length -> dense time / its time`.
+
+    Interpolated linearly in the logarithms of length and speed-up; `relation` is "about" then, "at most" when it is
+    faster at all lengths measured, "above" when it is not at the longest.
+    """
+    lengths = sorted(speedups)
+    slower = [n for n in lengths if speedups[n] < 1]
+    if not slower:
+        return {"relation": "at most", "length": lengths[0]}
+    last = slower[-1]
+    if last == lengths[-1]:
+        return {"relation": "above", "length": last}
+    after = lengths[lengths.index(last) + 1]
+    a, b = math.log(speedups[last]), math.log(speedups[after])
+    share = -a / (b - a)
+    return {"relation": "about", "length": round(last * (after / last) ** share)}
+
+
+def tokens(n: int) -> str:
+    """A length as people write it: 512, 1k, 1.5k, 32k."""
+    return f"{n / 1024:g}k" if n >= 1024 and n % 512 == 0 else str(n)
+
+
+def memory_text(amount: float) -> str:
+    """Bytes with a fitting unit."""
+    return f"{amount / GIB:.2f} GiB" if amount >= GIB else f"{amount / 2**20:.0f} MiB"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds with a fitting unit."""
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def break_even_text(found: Mapping[str, Any]) -> str:
+    """A break-even length in words."""
+    length = f"{found['length']:,}"
+    if found["relation"] == "about":
+        return f"faster than dense from about {length} tokens on"
+    if found["relation"] == "at most":
+        return f"faster than dense at all lengths measured ({length} tokens and more)"
+    return f"not faster than dense up to {length} tokens"

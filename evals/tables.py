@@ -1,0 +1,97 @@
+"""Terminal tables of a run."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .plots import names_of
+from .stats import break_even_text, memory_text, time_text, tokens
+
+Row = dict[str, Any]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="left" if n == 0 else "right", no_wrap=n > 0)
+    return table
+
+
+def niah_table(job: Row) -> RenderableType:
+    """Share of needles found per variant and length, all depths together, with the density reached."""
+    rows = job["rows"]
+    lengths = sorted({r["length"] for r in rows})
+    table = _table(f"{job['label']}: needles found (all depths)", "variant", *map(tokens, lengths), "keys attended")
+    for name in names_of(rows):
+        own = [r for r in rows if r["variant"] == name]
+        cells = []
+        for n in lengths:
+            scores = [r["score"] for r in own if r["length"] == n]
+            cells.append(f"{sum(scores) / len(scores):.0%}" if scores else "")
+        longest = max(own, key=lambda r: r["length"])
+        table.add_row(Text(name), *cells, f"{longest['density_prefill']:.0%}")
+    note = f"keys attended: share in the prefill of {tokens(lengths[-1])} tokens; "
+    return Group(table, Text(note + _question_note(rows), style="dim"))
+
+
+def _question_note(rows: Sequence[Row]) -> str:
+    inside = [n for n in names_of(rows) if next(r for r in rows if r["variant"] == n)["question_in_sparse_part"]]
+    return f"the question was inside the sparse part for {', '.join(inside)}" if inside else "no sparse prefill"
+
+
+def _spread(summary: Row) -> str:
+    return f"{time_text(summary['median'])} ({time_text(summary['low'])}..{time_text(summary['high'])})"
+
+
+def latency_table(job: Row) -> RenderableType:
+    """Times with their spread and the ratio to dense, then the break-even lengths."""
+    table = _table(
+        f"{job['label']}: median (spread) over {job['settings']['repeats']} interleaved runs",
+        "variant", "prompt", "to first token", "x dense", "per token", "x dense", "tokens/s", "keys attended",
+    )  # fmt: skip
+    length = None
+    for r in sorted(job["rows"], key=lambda r: r["length"]):
+        if length not in (None, r["length"]):
+            table.add_section()
+        length = r["length"]
+        table.add_row(
+            Text(r["variant"]), tokens(length), _spread(r["ttft"]), f"{r['ttft_speedup']:.2f}", _spread(r["tpot"]),
+            f"{r['tpot_speedup']:.2f}", f"{r['tokens_per_second']:.0f}",
+            f"{r['density_prefill']:.0%} / {r['density_decode']:.0%}",
+        )  # fmt: skip
+    lines = ["x dense: how many times faster than dense in this run; keys attended: in prefill / in decoding"]
+    kinds = {"ttft": "prefill", "tpot": "decoding"}
+    lines += [f"{b['variant']}: {kinds[b['measure']]} is {break_even_text(b)}" for b in job["break_even"]]
+    return Group(table, *(Text(line, style="dim") for line in lines))
+
+
+def memory_table(job: Row) -> RenderableType:
+    """Peak memory above the loaded model, and its ratio to dense."""
+    table = _table(
+        f"{job['label']}: peak above the loaded model", "variant", "prompt", "prefill", "decoding", "/ dense"
+    )
+    length = None
+    for r in sorted(job["rows"], key=lambda r: r["length"]):
+        if length not in (None, r["length"]):
+            table.add_section()
+        length = r["length"]
+        table.add_row(
+            Text(r["variant"]), tokens(length), memory_text(r["peak_prefill"]), memory_text(r["peak_decode"]),
+            f"{r['ratio']:.2f}",
+        )  # fmt: skip
+    return Group(table, Text(f"measured by: {job['rows'][0]['how']}", style="dim"))
+
+
+TABLES: dict[str, Callable[[Row], RenderableType]] = {
+    "niah": niah_table, "latency": latency_table, "memory": memory_table,
+}  # fmt: skip
+
+
+def print_results(results: Row, console: Console) -> None:
+    """Every job's table."""
+    for job in results["jobs"]:
+        console.print(TABLES[job["kind"]](job))
+        console.print()

@@ -1,0 +1,87 @@
+"""`hfpatch check`: what patching would do to each attention layer."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .api import patched, plan_patch
+from .cli_console import console
+from .config import MethodConfig
+from .errors import HfpatchError
+from .evals.models import load_model
+from .evals.variants import Variant, make_variant
+from .injection import Survey, survey
+from .registry import list_methods
+
+
+def show_check(name: str, model: Any, variants: Sequence[Variant]) -> None:
+    """Print a line per attention layer; without patches, a line per method. Raises when a patch is refused."""
+    found = survey(model)
+    kinds = Counter(layer.kind for layer in found.layers)
+    console.print(
+        f"{type(model).__name__}: {len(found.layers)} of {found.num_layers} decoder layers have softmax attention "
+        f"({', '.join(f'{n} {kind}' for kind, n in kinds.items())})",
+        markup=False,
+    )
+    if variants:
+        _layer_table(model, found, variants)
+    else:
+        _method_table(model)
+    for module, why in found.skipped:
+        console.print(f"left alone: {module} ({why})", style="dim", markup=False)
+    refusals = [sentence for v in variants if (sentence := _refusal(name, model, v))]
+    if refusals:
+        raise HfpatchError(" ".join(refusals))
+
+
+def _methods(variant: Variant) -> list[MethodConfig]:
+    return list(variant.config.methods) if variant.config else []
+
+
+def _layer_table(model: Any, found: Survey, variants: Sequence[Variant]) -> None:
+    table = Table("layer", "module", "kind", header_style="bold")
+    for v in variants:
+        table.add_column(Text(v.name))
+    plans = [plan_patch(model, _methods(v)) for v in variants]
+    for n, layer in enumerate(found.layers):
+        shown = [_shown(plan[n][1], v) for plan, v in zip(plans, variants, strict=True)]
+        table.add_row(str(layer.index), layer.name, layer.kind, *shown)
+    console.print(table)
+    for plan, variant in zip(plans, variants, strict=True):
+        hit = sum(_is_patched(what, variant) for _, what in plan)
+        console.print(f"{variant.name}: patches {hit} of {found.num_layers} layers", markup=False)
+
+
+def _is_patched(what: str, variant: Variant) -> bool:
+    return set(what.split("+")) <= {m.method for m in _methods(variant)}
+
+
+def _shown(what: str, variant: Variant) -> Text:
+    return Text(what) if _is_patched(what, variant) else Text(f"- {what}", style="dim")
+
+
+def _method_table(model: Any) -> None:
+    table = Table("method", "patches", "leaves alone", header_style="bold")
+    for name in list_methods():
+        variant = make_variant(name, [(name, {})])
+        plan = plan_patch(model, _methods(variant))
+        left = Counter(what for _, what in plan if not _is_patched(what, variant))
+        hit = len(plan) - sum(left.values())
+        table.add_row(name, f"{hit} layers", ", ".join(f"{n} ({why})" for why, n in left.items()))
+    console.print(table)
+
+
+def _refusal(name: str, model: Any, variant: Variant) -> str | None:
+    """Why the patch as a whole is refused; weights are loaded only if the method has to look at them."""
+    try:
+        try:
+            with variant.applied(model):
+                return None
+        except (NotImplementedError, RuntimeError):
+            with patched(load_model(name).model, variant.config):
+                return None
+    except HfpatchError as error:
+        return str(error)

@@ -1,0 +1,112 @@
+"""Commands that run the model: niah, bench, demo."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_console import console, progress, quieten
+from .cli_options import (
+    Device,
+    Dtype,
+    Lengths,
+    Model,
+    Out,
+    PatchArgs,
+    Patches,
+    Seed,
+    Settings,
+    numbers,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from .evals.runner import Run
+    from .evals.variants import Variant
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    for command in (niah, bench, demo):
+        app.command()(command)
+
+
+def _variants(patch: list[str] | None, pairs: list[str] | None, patch_args: str | None) -> "list[Variant]":
+    from .evals.variants import parse_settings, parse_variants
+
+    return parse_variants(patch or [], parse_settings(pairs or [], patch_args))
+
+
+def _go(run: "Run", out: Path, *, fresh: bool = True) -> dict[str, Any]:
+    from .evals.report import write_plots
+    from .evals.runner import execute
+    from .evals.tables import print_results
+
+    quieten()
+    results = execute(run, out, fresh=fresh, progress=progress)
+    print_results(results, console)
+    plots = write_plots(results, out)
+    console.print(f"written to {out}: results.json, samples.jsonl, {', '.join(p.name for p in plots.values())}")
+    return results
+
+
+def niah(
+    model: Model,
+    patch: Patches = None,
+    set: Settings = None,
+    patch_args: PatchArgs = None,
+    lengths: Lengths = "512,1024,2048",
+    depths: Annotated[str, typer.Option(help="Needle depths in percent of the haystack.")] = "0,25,50,75,100",
+    samples: Annotated[int, typer.Option(help="Samples per length and depth.")] = 4,
+    haystack: Annotated[str, typer.Option(help="grammar, prose, or the path of a text file.")] = "grammar",
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch; masks take memory by its length squared.")] = 4,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = Path("out/niah"),
+) -> None:
+    """Needle in a haystack: lengths x depths, patched against dense; table, heat map, every sample."""
+    from .evals.niah import NiahJob
+    from .evals.runner import Run
+
+    job = NiahJob(
+        numbers(lengths, "lengths", low=32), numbers(depths, "depths", low=0, high=100), positive(samples, "samples"),
+        haystack, positive(batch_size, "batch-size"),
+    )  # fmt: skip
+    _go(Run("niah", model, _variants(patch, set, patch_args), [job], dtype, device, seed), out)
+
+
+def bench(
+    model: Model,
+    patch: Patches = None,
+    set: Settings = None,
+    patch_args: PatchArgs = None,
+    lengths: Lengths = "1k,4k,16k",
+    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each variant, interleaved.")] = 4,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, in child processes on a CPU.")] = True,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = Path("out/bench"),
+) -> None:
+    """Latency and memory against dense in one run, with the length from which a patch pays off."""
+    from .evals.bench import LatencyJob
+    from .evals.memory import MemoryJob
+    from .evals.runner import Run
+
+    sizes, decoded = numbers(lengths, "lengths", low=16), positive(decode_tokens, "decode-tokens")
+    latency = LatencyJob(sizes, decoded, positive(repeats, "repeats"))
+    jobs = [latency, MemoryJob(sizes)] if memory else [latency]
+    _go(Run("bench", model, _variants(patch, set, patch_args), jobs, dtype, device, seed), out)
+
+
+def demo(out: Out = Path("out/demo"), model: Annotated[str, typer.Option(hidden=True)] = "embedded") -> None:
+    """Dense against streaming on the embedded model, offline, in a few minutes."""
+    from .evals.demo import demo_run, meaning
+
+    run = demo_run(model)
+    console.print(run.about)
+    results = _go(run, out)
+    for sentence in meaning(results):
+        console.print(sentence)

@@ -1,0 +1,133 @@
+"""Latency and memory: what is counted, in which order, and when nothing is reported."""
+
+import pytest
+import torch
+from hfpatch.evals import bench, memory
+from hfpatch.evals.bench import LatencyJob, Stopwatch, break_evens, time_once
+from hfpatch.evals.cells import Session
+from hfpatch.evals.correctness import check_variant
+from hfpatch.evals.errors import EvaluationError, ExecutorMismatchError
+from hfpatch.evals.generation import generate_tokens, text_ids
+from hfpatch.evals.memory import MemoryJob
+from hfpatch.evals.models import Loaded
+from hfpatch.evals.stats import break_even, break_even_text, summarise
+from hfpatch.evals.variants import parse_variants
+
+from hfpatch import ops, pipeline
+
+
+@pytest.fixture
+def session(model, tokenizer):
+    session = Session("tiny", parse_variants(["streaming"], {"window": 32}))
+    session.loaded = Loaded("tiny", model, tokenizer)
+    return session
+
+
+def test_break_even_lies_between_the_lengths_around_it():
+    found = break_even({1024: 0.5, 4096: 2.0, 16384: 4.0})
+    assert found == {"relation": "about", "length": 2048}
+    assert "2,048" in break_even_text(found)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "relation", "length"),
+    [
+        ({1024: 1.5, 4096: 2.0}, "at most", 1024),
+        ({1024: 0.5, 4096: 0.9}, "above", 4096),
+        ({1024: 1.5, 2048: 0.5, 4096: 2.0}, "about", 2896),
+        ({1024: 1.5, 2048: 0.5}, "above", 2048),
+    ],
+)
+def test_break_even_counts_only_what_lasts(speedups, relation, length):
+    assert break_even(speedups) == {"relation": relation, "length": length}
+
+
+def test_spread_is_quartiles_from_four_runs_on():
+    assert summarise([4, 1, 3, 2, 5]) == {
+        "median": 3, "low": 2, "high": 4, "spread": "quartiles", "runs": [4, 1, 3, 2, 5],
+    }  # fmt: skip
+    assert summarise([3, 1, 2])["spread"] == "extremes"
+
+
+def test_stopwatch_sees_the_prompt_and_every_token(session):
+    watch = Stopwatch()
+    out = generate_tokens(session.loaded, text_ids(session.loaded, 63), 5, watch)
+    assert out.shape == (1, 68) and len(watch.times) == 6
+    ttft, tpot = time_once(session.loaded, text_ids(session.loaded, 63), 4)
+    assert ttft > 0 and tpot > 0
+
+
+def test_runs_are_interleaved_and_reversed_every_other_time(session, monkeypatch):
+    order = []
+
+    def timed(loaded, ids, decode_tokens):
+        patched = hasattr(loaded.model, "_hfpatch_patch")
+        order.append("streaming" if patched else "dense")
+        return (1.0, 0.5) if patched else (2.0, 1.0)
+
+    monkeypatch.setattr(bench, "time_once", timed)
+    job = LatencyJob([63], decode_tokens=2, repeats=4)
+    (cell,) = job.cells(session.variants)
+    rows = job.rows({cell: job.run(cell, session).data})
+    assert order[2:] == ["dense", "streaming", "streaming", "dense"] * 2
+    assert [(r["ttft_speedup"], r["tpot_speedup"], r["tokens_per_second"]) for r in rows] == [(1, 1, 1), (2, 2, 2)]
+    assert {b["relation"] for b in break_evens(rows)} == {"at most"}
+
+
+def test_density_and_executor_come_from_the_timed_run(session):
+    job = LatencyJob([257], decode_tokens=4, repeats=1)
+    (cell,) = job.cells(session.variants)
+    dense, sparse = job.rows({cell: job.run(cell, session).data})
+    assert dense["density_prefill"] == dense["density_decode"] == 1.0
+    assert 0.1 < sparse["density_prefill"] < 0.5 and 0.1 < sparse["density_decode"] < 0.2
+    assert sparse["executors"] == ["torch"] and sparse["fallbacks"] == {}
+    assert sparse["check"]["calls"] > 0 and sparse["check"]["error"] <= sparse["check"]["tolerance"]
+
+
+def test_nothing_is_reported_when_the_executor_is_wrong(session, monkeypatch):
+    right = ops.attend
+
+    def wrong(q, k, v, **options):
+        done = right(q, k, v, **options)
+        if options.get("executor") != "reference":
+            done.out.mul_(1.01)
+        return done
+
+    monkeypatch.setattr(pipeline, "attend", wrong)
+    with pytest.raises(ExecutorMismatchError, match="differs from the reference"):
+        check_variant(session.loaded, session.variants[1], text_ids(session.loaded, 257))
+    assert pipeline.attend is wrong
+
+
+def test_peak_memory_grows_with_the_prompt(session):
+    dense = session.variants[0]
+    small, large = (memory._measure(session.loaded, dense, n, 2, 0) for n in (16, 4000))
+    keys_and_values = 4000 * 2 * 2 * 2 * 8 * 4
+    assert large["peak"] - small["peak"] > keys_and_values
+    assert large["peak"] == max(large["peak_prefill"], large["peak_decode"])
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_child_process_with_the_patch(session, folder):
+    session.model_name = folder
+    job = MemoryJob([257], decode_tokens=2)
+    done = {cell: job.run(cell, session).data for cell in job.cells(session.variants)}
+    dense, sparse = job.rows(done)
+    assert dense["how"].startswith("child process") and dense["ratio"] == 1.0 and sparse["peak"] > 0
+
+
+def test_failing_child_is_one_sentence(session, monkeypatch):
+    done = memory.subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nMemoryError: too much")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *a, **k: done)
+    cell = MemoryJob([16]).cells(session.variants)[0]
+    with pytest.raises(EvaluationError, match="could not be measured: MemoryError: too much"):
+        MemoryJob([16]).run(cell, session)
+
+
+def test_peak_is_split_at_the_first_token():
+    readings = iter([700, 300])
+    reader = memory._PeakReader("fake", lambda: next(readings), lambda: 100, lambda: None)
+    watch = memory._PhasePeaks(reader)
+    for _ in range(4):
+        watch.put(torch.zeros(1))
+    assert watch.prefill == 700 and reader.peak() == 300

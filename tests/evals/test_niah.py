@@ -1,0 +1,93 @@
+"""Needle grids: prompts of the right size and place, and scores that tell finding from not finding."""
+
+import random
+
+import pytest
+import torch
+from hfpatch.evals.cells import Session
+from hfpatch.evals.errors import EvaluationError
+from hfpatch.evals.generation import complete, pad_left
+from hfpatch.evals.haystack import count_tokens, fill, sentences
+from hfpatch.evals.models import Loaded
+from hfpatch.evals.niah import NiahJob
+from hfpatch.evals.testbed import text
+from hfpatch.evals.variants import parse_variants
+
+NEEDLE, TAIL = text.needle("brisk-otter", "123456"), text.question("brisk-otter")
+
+
+@pytest.mark.parametrize("source", ["grammar", "prose"])
+@pytest.mark.parametrize("length", [63, 257, 1111])
+def test_prompt_fills_the_length_to_within_a_sentence(tokenizer, source, length):
+    prompt = fill(tokenizer, sentences(source, random.Random(3)), NEEDLE, TAIL, length, 0.5)
+    assert prompt.tokens == count_tokens(tokenizer, prompt.text) <= length
+    drawn = sentences(source, random.Random(3))
+    longest = max(count_tokens(tokenizer, next(drawn)) for _ in range(200))
+    assert length - prompt.tokens <= longest
+    assert prompt.text.endswith(f"\n{TAIL}")
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_needle_stands_at_a_sentence_border_near_its_depth(tokenizer, depth):
+    prompt = fill(tokenizer, sentences("grammar", random.Random(0)), NEEDLE, TAIL, 900, depth)
+    before, after = prompt.text.removesuffix(f"\n{TAIL}").split(NEEDLE)
+    share = count_tokens(tokenizer, before) / (count_tokens(tokenizer, before) + count_tokens(tokenizer, after))
+    assert abs(share - depth) < 0.03 and abs(prompt.depth - depth) < 0.03
+    assert before == "" or before.endswith((". ", "? "))
+
+
+def test_too_short_a_length_says_how_much_is_needed(tokenizer):
+    with pytest.raises(EvaluationError, match="needle and question alone take"):
+        fill(tokenizer, sentences("grammar", random.Random(0)), NEEDLE, TAIL, 12, 0.5)
+
+
+def test_haystack_file(tokenizer, tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_text("Bees hum all day. They rest at night. Then it rains.")
+    prompt = fill(tokenizer, sentences(str(file), random.Random(0)), NEEDLE, TAIL, 200, 0.5)
+    assert "Bees hum all day. They rest at night. Then it rains. Bees" in prompt.text
+    with pytest.raises(EvaluationError, match="no haystack"):
+        sentences(str(tmp_path / "missing.txt"), random.Random(0))
+
+
+def test_padding_is_on_the_left():
+    ids, mask = pad_left([[5, 6, 7], [8]], 0)
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_batched_completions_equal_single_ones(model, tokenizer):
+    prompts = ["The badger", "Nobody at the farm greets the", "In winter"]
+    alone = [complete(model, tokenizer, [p], 5)[0] for p in prompts]
+    assert complete(model, tokenizer, prompts, 5) == alone
+
+
+def test_scores_follow_the_text_and_record_the_question(model, tokenizer, monkeypatch):
+    job = NiahJob([256], depths=[0, 100], samples=2, batch_size=3)
+    session = Session("tiny", parse_variants(["streaming"], {"window": 32}))
+    session.loaded = Loaded("tiny", model, tokenizer)
+    values = {s.prompt: s.value for s in job.build(session.loaded, 256, 0)}
+
+    def answer(model, tokenizer, prompts, room):
+        return [f" {values[p]}." if p.startswith(text.needle("", "")[:15]) else " 000000." for p in prompts]
+
+    monkeypatch.setattr("hfpatch.evals.niah.complete", answer)
+    results = {cell: job.run(cell, session) for cell in job.cells(session.variants)}
+    rows = job.rows({cell: r.data for cell, r in results.items()})
+    assert {(r["variant"], r["depth"]): r["score"] for r in rows} == {
+        ("dense", 0.0): 1.0, ("dense", 1.0): 0.0,
+        ("streaming:window=32", 0.0): 1.0, ("streaming:window=32", 1.0): 0.0,
+    }  # fmt: skip
+    samples = [s for r in results.values() for s in r.samples]
+    assert len(samples) == 8 and {s["expected"] for s in samples} == set(values.values())
+    assert [s["question_in_sparse_part"] for s in samples] == [False] * 4 + [True] * 4
+
+
+def test_patch_is_on_during_generation_and_off_afterwards(model, tokenizer):
+    job = NiahJob([256], depths=[50], samples=1)
+    session = Session("tiny", parse_variants(["streaming"], {"window": 32}))
+    session.loaded = Loaded("tiny", model, tokenizer)
+    before = model(torch.tensor([[1, 2, 3]])).logits
+    dense, sparse = (job.run(cell, session).data for cell in job.cells(session.variants))
+    assert dense["density_prefill"] == 1.0 and 0 < sparse["density_prefill"] < 0.5
+    assert torch.equal(before, model(torch.tensor([[1, 2, 3]])).logits)
