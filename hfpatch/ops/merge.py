@@ -1,6 +1,7 @@
 """Softmax over disjoint sets of keys, put together from `(out, lse)` of each set."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -8,15 +9,21 @@ from torch import Tensor
 Part = tuple[Tensor, Tensor]
 
 
+def lse_of(total: Tensor, top: Tensor) -> Tensor:
+    """`log(total) + top`, -inf where nothing was summed, with gradients that stay finite there."""
+    tiny = torch.finfo(total.dtype).tiny
+    return torch.where(total > 0, total.clamp_min(tiny).log() + top, -torch.inf)
+
+
 def weights(lses: Sequence[Tensor], sinks: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
     """Share of every part in the whole softmax, and its lse; `sinks` broadcasts to the shape of a lse."""
-    total = lses[0]
-    for lse in lses[1:]:
-        total = torch.logaddexp(total, lse)
-    if sinks is not None:
-        total = torch.logaddexp(total, sinks.to(total.dtype))
-    base = total.masked_fill(total.isneginf(), 0.0)
-    return [torch.exp(lse - base) for lse in lses], total
+    every = list(lses) if sinks is None else [*lses, sinks.to(lses[0].dtype).expand_as(lses[0])]
+    top = reduce(torch.maximum, every).detach()
+    top = top.masked_fill(top.isneginf(), 0.0)
+    powers = [torch.exp(lse - top) for lse in every]
+    total = reduce(torch.add, powers)
+    scale = total.clamp_min(torch.finfo(total.dtype).tiny).reciprocal()
+    return [p * scale for p in powers[: len(lses)]], lse_of(total, top)
 
 
 def merge(parts: Sequence[Part], sinks: Tensor | None = None) -> Part:

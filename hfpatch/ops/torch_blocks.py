@@ -5,37 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfpatch.ops import torch_block_decode
 from hfpatch.ops.call import Problem
+from hfpatch.ops.gather import RowGather
 from hfpatch.ops.merge import Part
 from hfpatch.ops.torch_kernel import Kernel, lse_of_nothing
 from hfpatch.ops.torch_output import Output, blocked
 from hfpatch.selection import BlockMap
 
-CHUNK_KEYS = 1 << 14
-
-
-@dataclass(frozen=True)
-class RowGather:
-    """`x [B, H, L, D]` as a flat table of rows, so that picking tokens per head is one copy per token."""
-
-    table: Tensor
-    strides: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, x: Tensor) -> "RowGather":
-        """A view where strides allow it, else a copy of x."""
-        d = x.shape[-1]
-        if x.stride(-1) != 1 or x.requires_grad or any(s % d for s in x.stride()[:3]):
-            x = x.contiguous()
-        b, h, t = (s // d for s in x.stride()[:3])
-        last = sum((n - 1) * s for n, s in zip(x.shape[:3], (b, h, t), strict=True))
-        return cls(x.as_strided((last + 1, d), (d, 1)), (b, h, t))
-
-    def take(self, b: int | Tensor, h: Tensor, tokens: Tensor) -> Tensor:
-        """Rows `[..., D]` of token `tokens [...]`, batch row b and head `h`, broadcast against tokens."""
-        sb, sh, st = self.strides
-        flat = tokens * st + (h * sh + b * sb)
-        return self.table.index_select(0, flat.flatten()).unflatten(0, flat.shape)
+CHUNK_KEYS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -66,6 +44,8 @@ def run(problem: Problem, out: Output, kernel: Kernel) -> None:
     sel, at = problem.selection, problem.at
     if not isinstance(sel, BlockMap):
         raise TypeError(f"expected a BlockMap, not {type(sel).__name__}")
+    if at.Lq == 1 and problem.bias is None:
+        return torch_block_decode.run(problem, sel, out, kernel)
     heads = at.Hq if sel.indices.shape[1] == at.Hq else at.Hkv
     work = _Work(problem, sel, kernel, Plan.of(sel, problem, heads), heads)
     chunk = max(1, CHUNK_KEYS // max(1, sel.indices.shape[-1] * sel.block_k * heads))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hfpatch.ops.call import Problem
-from hfpatch.ops.merge import Part
+from hfpatch.ops.merge import Part, lse_of
 
 MATH_ELEMENTS = 1 << 22
 
@@ -100,7 +100,10 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float,
             logits = softcap * torch.tanh(logits / softcap)
         if mask is not None:
             logits = logits + mask[:, :, at : at + step]
-        lse = torch.logsumexp(logits, dim=-1)
-        outs.append(torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0)[..., None]) @ v)
-        lses.append(lse.float())
+        top = logits.detach().amax(-1, keepdim=True)
+        top = top.masked_fill_(top.isneginf(), 0.0)
+        power = torch.exp(logits - top)
+        total = power.sum(-1)
+        outs.append((power @ v) / total.clamp_min(torch.finfo(acc).tiny)[..., None])
+        lses.append(lse_of(total, top[..., 0]).float())
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
