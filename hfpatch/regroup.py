@@ -19,10 +19,12 @@ class Columns:
 
     `keys`: a tensor `[n]`, or a slice with start and stop. `factor`: a number, `[Hq]`, a tensor that broadcasts
     to `[B, Hq, Lq, n]`, or a function from the weights `[B, Hq, Lq, n]` before this regroup to such a tensor.
+    `positive`: a tensor or function known to stay above 1e-5, which saves looking for queries left with nothing.
     """
 
     keys: Tensor | slice
     factor: Factor
+    positive: bool = False
 
     def indices(self, device: torch.device) -> Tensor:
         """The columns as a tensor `[n]`."""
@@ -70,7 +72,7 @@ def regroup(
         factor = _broadcast(group.factor, weights)
         extra = weights * (factor - 1)
         norm = 1 + extra.sum(-1)
-        if not (isinstance(group.factor, (int, float)) and group.factor > VANISHED):
+        if not (group.positive or (isinstance(group.factor, (int, float)) and group.factor > VANISHED)):
             empty = norm < VANISHED
             gone = empty if gone is None else gone | empty
             norm = norm.masked_fill(empty, 1.0)

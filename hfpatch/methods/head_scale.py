@@ -1,0 +1,96 @@
+"""Constant factors on single attention heads; zero removes a head."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..call import AttentionCall
+from ..config import MethodConfig, option
+from ..errors import ConfigError
+from ..method import Method
+from ..registry import register_method
+from ._after_attention import refuse_unless_free
+from ._model import query_heads
+
+
+@dataclass(kw_only=True)
+class HeadScaleConfig(MethodConfig):
+    """Settings of `head_scale`."""
+
+    method: ClassVar[str] = "head_scale"
+    heads: list[list[int]] = option([], "[layer, query head] pairs to scale by `factor`")
+    factor: float = option(0.0, "factor on the outputs of `heads`; 0 removes them")
+    scales: list[list[float]] = option([], "[layer, query head, factor] triples, for factors of their own")
+
+    def validate(self) -> None:
+        if any(len(p) != 2 for p in self.heads) or any(len(t) != 3 for t in self.scales):
+            raise ConfigError("head_scale: heads takes [layer, head] pairs, scales [layer, head, factor] triples.")
+        entries: list[list[float]] = [*self.heads, *self.scales]  # type: ignore[list-item]
+        places = [(int(p[0]), int(p[1])) for p in entries]
+        if len(set(places)) < len(places):
+            raise ConfigError("head_scale: a head is named twice.")
+        if any(n < 0 for place in places for n in place):
+            raise ConfigError("head_scale: layers and heads are numbers from 0 on.")
+
+    def factors(self) -> dict[int, dict[int, float]]:
+        """Layer -> head -> factor."""
+        out: dict[int, dict[int, float]] = {}
+        triples: list[list[float]] = [*([*p, self.factor] for p in self.heads), *self.scales]
+        for layer, head, factor in triples:
+            out.setdefault(int(layer), {})[int(head)] = float(factor)
+        return out
+
+
+@register_method
+class HeadScale(Method):
+    """out_h -> c_h out_h before the output projection, for named heads of named layers.
+
+    With factor 0 this is head ablation; Retrieval Heads (arXiv 2404.15574) are masked so, except that its code
+    makes their attention uniform instead of removing the output. A learned tensor `scale [layers, Hq]` replaces
+    the lists.
+    """
+
+    config_class = HeadScaleConfig
+    summary = "constant factor per head, 0 to ablate"
+    paper = "https://arxiv.org/abs/2404.15574"
+
+    def __init__(self, config: HeadScaleConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self.scale = (tensors or {}).get("scale")
+        if self.scale is not None and self.scale.dim() != 2:
+            raise ConfigError(f"head_scale: the tensor scale must be [layers, heads], not {list(self.scale.shape)}.")
+        self._by_layer = config.factors()
+        self._made: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def pick(self, layers: list[int]) -> list[int]:
+        return [n for n in layers if (n < len(self.scale) if self.scale is not None else n in self._by_layer)]
+
+    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        refuse_unless_free(model, layers, self.name, native_gate_ok=True)
+        missing = sorted(set(self._by_layer) - set(layers)) if self.scale is None else []
+        if missing:
+            raise ConfigError(f"head_scale: heads of layer {missing[0]} are named, but that layer is not patched.")
+        heads = query_heads(model)
+        worst = max((h for n in layers for h in self._by_layer.get(n, {})), default=0)
+        if heads is not None and worst >= heads:
+            raise ConfigError(f"head_scale: there is no head {worst}; the model has {heads} query heads.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.scale is None else {"scale": self.scale}
+
+    def output(self, call: AttentionCall, out: Tensor) -> Tensor:
+        key = (call.layer, out.device, out.dtype)
+        if key not in self._made:
+            self._made[key] = self._factors(call.layer, call.Hq).to(out.device, out.dtype)[:, None]
+        return out * self._made[key]
+
+    def _factors(self, layer: int, heads: int) -> Tensor:
+        if self.scale is not None:
+            return self.scale[layer]
+        factors = torch.ones(heads)
+        for head, factor in self._by_layer[layer].items():
+            factors[head] = factor
+        return factors
