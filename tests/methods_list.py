@@ -22,6 +22,8 @@ class MethodCase:
         return self.label or self.name
 
 
+DHSA = {"budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius": 2, "window": 2, "question_tokens": 0}
+
 METHODS = [
     MethodCase("dense", sliding=True),
     MethodCase("infiniretri"),
@@ -29,4 +31,33 @@ METHODS = [
     MethodCase(
         "streaming", {"sink": 2, "window": 8, "last_queries": 5}, {"window": 1 << 20}, "tile", label="tri-shape"
     ),
+    MethodCase(
+        "block_topk",
+        {"min_length": 0, "block_q": 16, "block_k": 8, "budget": 24, "window": 1},
+        {"budget": 1.0},
+        "tile",
+    ),
+    MethodCase(
+        "block_topk",
+        {"min_length": 0, "block_q": 8, "block_k": 8, "mass": 0.6, "window": 1, "bands": True, "share": "head"},
+        {"mass": 1.0},
+        "tile",
+        label="prism",
+    ),
+    MethodCase(
+        "flash_prefill",
+        {"min_length": 0, "block_q": 8, "block_k": 8, "alpha": 0.6, "sink": 1, "window": 1, "last_blocks": 1},
+        {"alpha": 0.0},
+        "tile",
+    ),
+    MethodCase("pattern", {"block": 4, "window": 2}, {"window": 1 << 20}),
+    MethodCase("pattern", {"pattern": "power", "block": 4, "window": 1}, {"window": 1 << 20}, label="power"),
+    MethodCase("pattern", {"pattern": "s2", "block": 4, "window": 2, "stride": 2}, {"window": 1 << 20}, label="s2"),
+    MethodCase("quest", {"min_length": 0, "budget": 16, "page": 4}, {"budget": 1.0}, "tile"),
+    MethodCase("dhsa", DHSA, {"budget": 1 << 20}, "no"),
+    MethodCase(
+        "dhsa", {**DHSA, "boundaries": "fixed", "question_tokens": 5}, {"budget": 1.0}, "tile", label="dhsa-fixed"
+    ),
+    MethodCase("zerotuning", {"gamma": 3.0}, {"gamma": 1.0}),
+    MethodCase("head_scale", {"heads": [[1, 0], [1, 3]], "factor": 0.3}, {"factor": 1.0}),
 ]

@@ -1,0 +1,139 @@
+"""Query tiles and key blocks of one call: geometry, pooling, budgets, and block maps made from scores.
+
+Letters: nQ query tiles of `block_q` queries counted from the call's first one, nK key blocks of `block_k`
+keys counted from the row's first real token, H heads that choose (Hq, Hkv or 1).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .selection import BlockMap, Layout
+
+SHARES = ("group", "head", "all")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tiles and blocks of a call."""
+
+    at: Layout
+    block_q: int
+    block_k: int
+
+    @property
+    def nq(self) -> int:
+        """Query tiles."""
+        return -(-self.at.Lq // self.block_q)
+
+    @property
+    def nk(self) -> int:
+        """Key blocks."""
+        return -(-self.at.Lk // self.block_k)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """Position of each tile's first query, `[nQ]`."""
+        return self.at.off + torch.arange(self.nq, device=self.at.device) * self.block_q
+
+    @cached_property
+    def last(self) -> Tensor:
+        """Position of each tile's last query, `[nQ]`."""
+        return (self.first + self.block_q).clamp(max=self.at.Lk) - 1
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """Block numbers `[nK]`."""
+        return torch.arange(self.nk, device=self.at.device)
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Bool `[nQ, nK]`: some query of the tile sees some key of the block."""
+        return self.blocks * self.block_k <= self.last[:, None]
+
+    @cached_property
+    def past(self) -> Tensor:
+        """Bool `[nQ, nK]`: every query of the tile sees every key of the block."""
+        return (self.blocks + 1) * self.block_k <= self.first[:, None] + 1
+
+    def forced(self, sink: int, window: int) -> Tensor:
+        """Bool `[nQ, nK]`: the first `sink` blocks, the last `window` blocks and all partly visible ones."""
+        recent = self.blocks > (self.last // self.block_k - window)[:, None]
+        return self.visible & ((self.blocks < sink) | recent | ~self.past)
+
+    def budget(self, budget: int | float) -> Tensor:
+        """Blocks `[nQ]` that hold `budget` tokens, or this share of the keys visible to the tile's last query."""
+        if isinstance(budget, int):
+            return torch.full_like(self.last, -(-budget // self.block_k))
+        return ((self.last + 1) * budget / self.block_k).ceil().long()
+
+
+def top_blocks(grid: Grid, score: Tensor, forced: Tensor, budget: Tensor) -> BlockMap:
+    """The `budget [nQ]` best visible blocks by `score [B, H, nQ, nK]`; the forced ones come first and count."""
+    counts = torch.minimum(torch.maximum(budget, forced.sum(-1)), grid.visible.sum(-1))
+    score = score.masked_fill(forced, torch.inf).masked_fill(~grid.visible, -torch.inf)
+    indices = score.topk(int(counts.max()), dim=-1).indices
+    return BlockMap(indices, counts.expand(*score.shape[:3]), grid.block_q, grid.block_k)
+
+
+def kept_blocks(grid: Grid, keep: Tensor) -> BlockMap:
+    """The visible blocks of `keep [B|1, H, nQ, nK]`, in order of position."""
+    keep = keep & grid.visible
+    counts = keep.sum(-1)
+    order = keep.int() * grid.nk - grid.blocks.int()
+    return BlockMap(order.topk(int(counts.max()), dim=-1).indices, counts, grid.block_q, grid.block_k)
+
+
+def capped(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int | float | None) -> BlockMap:
+    """The forced and kept blocks; past the budget, the kept ones with the lowest scores are dropped."""
+    keep = (keep | forced) & grid.visible
+    if budget is None:
+        return kept_blocks(grid, keep)
+    best = top_blocks(grid, score.masked_fill(~keep, -torch.inf), forced, grid.budget(budget))
+    return BlockMap(best.indices, torch.minimum(best.counts, keep.sum(-1)), grid.block_q, grid.block_k)
+
+
+def top_mass(weights: Tensor, mass: float) -> Tensor:
+    """Bool like `weights [..., n]`: the smallest set of largest weights that reaches `mass` times their sum."""
+    if mass >= 1:
+        return torch.ones_like(weights, dtype=torch.bool)
+    ranked, order = weights.sort(dim=-1, descending=True)
+    before = ranked.cumsum(-1) - ranked
+    keep = before < mass * ranked.sum(-1, keepdim=True)
+    return torch.zeros_like(keep).scatter_(-1, order, keep)
+
+
+def block_means(x: Tensor, size: int) -> Tensor:
+    """Means `[B, H, n, D]` in float32 over blocks of `size` tokens of `x [B, H, L, D]`; the last may be short."""
+    whole = x.shape[2] // size
+    means = x[:, :, : whole * size].unflatten(2, (whole, size)).mean(3, dtype=torch.float32)
+    if whole * size == x.shape[2]:
+        return means
+    return torch.cat([means, x[:, :, whole * size :].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
+
+
+def choosers(at: Layout, share: str) -> int:
+    """Number H of heads with a selection of their own."""
+    return {"group": at.Hkv, "head": at.Hq, "all": 1}[share]
+
+
+def pad_to(x: Tensor, size: int, dim: int, value: float = 0.0) -> Tensor:
+    """`x` filled up with `value` to a multiple of `size` along `dim` (negative)."""
+    short = -x.shape[dim] % size
+    return pad(x, [0] * (-2 * dim - 1) + [short], value=value) if short else x
+
+
+def tokens_of(budget: int | float, length: int) -> int:
+    """A budget in tokens, given the number of visible keys."""
+    return budget if isinstance(budget, int) else math.ceil(budget * length)
+
+
+def check_budget(where: str, budget: int | float | None) -> str | None:
+    """What is wrong with a budget, or None."""
+    if isinstance(budget, float) and budget > 1:
+        return f"{where}={budget!r} is out of range; a share of the keys is at most 1.0, tokens are a whole number."
+    return None

@@ -1,0 +1,127 @@
+"""Block-sparse prefill: each tile of queries attends to the key blocks whose mean key it likes best."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import SHARES, Grid, block_means, capped, check_budget, choosers, top_blocks, top_mass
+from ..call import AttentionCall
+from ..config import MethodConfig, option
+from ..errors import ConfigError
+from ..method import Method
+from ..registry import register_method
+from ..selection import Selection
+
+
+@dataclass(kw_only=True)
+class BlockTopkConfig(MethodConfig):
+    """Settings of `block_topk`."""
+
+    method: ClassVar[str] = "block_topk"
+    budget: int | float = option(1024, "keys per query tile: tokens, or a share of the visible ones", gt=0)
+    mass: float | None = option(None, "keep blocks up to this estimated mass instead of a budget", gt=0, le=1)
+    block_q: int = option(128, "queries per tile", ge=1)
+    block_k: int = option(64, "keys per block", ge=1)
+    sink: int = option(1, "first key blocks, always kept", ge=0)
+    window: int = option(4, "last key blocks up to the tile's own, always kept", ge=1)
+    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    bands: bool = option(False, "score high and low rotary frequencies apart (Prism)")
+    high: float = option(0.5, "share of channels in the high band", gt=0, le=1)
+    low: float = option(0.75, "share of channels in the low band", gt=0, le=1)
+    min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
+
+    def validate(self) -> None:
+        if wrong := check_budget("block_topk: budget", self.budget):
+            raise ConfigError(wrong)
+
+
+@register_method
+class BlockTopk(Method):
+    """Softmax over mean-pooled queries and keys decides; sink, recent and own blocks are always kept.
+
+    The pooled scorer of MoBA-like methods; heads that share a choice average their weights. `bands` is Prism,
+    arXiv 2602.08426: mean pooling after RoPE wipes out high frequencies, so both bands are scored apart, each with
+    the temperature sqrt(d_z / D) RMS(Q_z) / RMS(Q) RMS(K_z) / RMS(K). With `mass` the bands' sets are united as in
+    the paper; with a budget a block counts with the larger of its two weights. The split assumes rotate-half RoPE;
+    channels RoPE leaves alone belong to the low band. Temperatures look at the whole call.
+    """
+
+    config_class = BlockTopkConfig
+    summary = "top key blocks by pooled scores"
+    paper = "https://arxiv.org/abs/2602.08426"
+    acts_in = frozenset({"prefill"})
+    causality = "tile"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "prism": {"bands": True, "mass": 0.95, "block_k": 128, "window": 1, "share": "head"},
+    }
+
+    def __init__(self, config: BlockTopkConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self.settings = config
+        self.rotary_share, self.rotary_tail = 1.0, 0
+
+    def notes(self) -> list[str]:
+        return [f"block_topk: calls with fewer than {self.settings.min_length} keys run dense (min_length)"]
+
+    @torch.no_grad()
+    def select(self, call: AttentionCall) -> Selection | None:
+        s = self.settings
+        whole = s.mass is None and isinstance(s.budget, int) and call.Lk <= s.budget
+        if call.Lk < s.min_length or whole:
+            return None
+        grid = Grid(call.layout, s.block_q, s.block_k)
+        heads = choosers(call.layout, s.share)
+        q, k = block_means(call.q, s.block_q), block_means(call.k, s.block_k)
+        weights = [w.unflatten(1, (heads, -1)).mean(2) for w in pooled_weights(q, k, grid, self.split(call))]
+        forced = grid.forced(s.sink, s.window)
+        score = torch.stack(weights).amax(0)
+        if s.mass is None:
+            return top_blocks(grid, score, forced, grid.budget(s.budget))
+        keep = torch.stack([top_mass(w, s.mass) for w in weights]).any(0)
+        return capped(grid, score, keep, forced, None)
+
+    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        rope = getattr(text, "rope_parameters", None) or {}
+        self.rotary_share = rope.get("full_attention", rope).get("partial_rotary_factor", 1.0)
+        self.rotary_tail = getattr(text, "qk_rope_head_dim", None) or 0
+
+    def split(self, call: AttentionCall) -> list[tuple[Tensor, float]]:
+        """Channels of each band with the factor on their scores; one band of all channels without `bands`."""
+        s, d, device = self.settings, call.q.shape[-1], call.q.device
+        if not s.bands:
+            return [(torch.arange(d, device=device), call.scale)]
+        rotary = self.rotary_tail or int(d * self.rotary_share)
+        start, half = d - rotary if self.rotary_tail else 0, rotary // 2
+        nh, nl = max(1, round(s.high * half)), max(1, round(s.low * half))
+        high, low = torch.arange(nh, device=device), torch.arange(half - nl, half, device=device)
+        still = torch.arange(d - rotary, device=device) + (0 if self.rotary_tail else rotary)
+        channels = [torch.cat([high, high + half]) + start, torch.cat([low + start, low + start + half, still])]
+        unit = call.scale * d**0.5
+        return [(c, unit / len(c) ** 0.5) for c in channels]
+
+
+def pooled_weights(q: Tensor, k: Tensor, grid: Grid, bands: list[tuple[Tensor, float]]) -> list[Tensor]:
+    """Per band the softmax `[B, Hq, nQ, nK]` over past blocks of pooled `q [B, Hq, nQ, D]`, `k [B, Hkv, nK, D]`."""
+    out = []
+    for channels, factor in bands:
+        part_q, part_k = q[..., channels], k[..., channels]
+        unit = factor / temperature(q, k, part_q, part_k) if len(bands) > 1 else factor
+        logits = (unit * part_q).unflatten(1, (k.shape[1], -1)) @ part_k[:, :, None].mT
+        logits = logits.flatten(1, 2).masked_fill(~grid.past, -torch.inf)
+        out.append(logits.softmax(-1).masked_fill(~grid.past, 0.0))
+    return out
+
+
+def temperature(q: Tensor, k: Tensor, part_q: Tensor, part_k: Tensor) -> Tensor:
+    """Prism's temperature of a band, `[B, Hq, 1, 1]`, from pooled queries and keys and their band's channels."""
+
+    def rms(x: Tensor) -> Tensor:
+        return x.square().mean((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
+
+    ratio_k = (rms(part_k) / rms(k)).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (part_q.shape[-1] / q.shape[-1]) ** 0.5 * rms(part_q) / rms(q) * ratio_k

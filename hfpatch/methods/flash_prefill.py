@@ -1,0 +1,109 @@
+"""FlashPrefill: key blocks whose tile energy comes close to the best block's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..blocks import SHARES, Grid, block_means, capped, check_budget, choosers, pad_to
+from ..call import AttentionCall
+from ..config import MethodConfig, option
+from ..errors import ConfigError
+from ..method import Method
+from ..registry import register_method
+from ..selection import Causal, Rows, Selection
+
+CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(kw_only=True)
+class FlashPrefillConfig(MethodConfig):
+    """Settings of `flash_prefill`; sink, window and last_blocks in blocks."""
+
+    method: ClassVar[str] = "flash_prefill"
+    alpha: float = option(0.12, "keep blocks with at least this share of the best block's energy", ge=0, le=1)
+    budget: int | float | None = option(None, "at most so many keys per tile (tokens or share), best first", gt=0)
+    block_q: int = option(128, "queries per tile", ge=1)
+    block_k: int = option(128, "keys per block", ge=1)
+    sink: int = option(2, "first key blocks, always kept", ge=0)
+    window: int = option(4, "last key blocks up to the tile's own, always kept", ge=1)
+    last_blocks: int = option(2, "query tiles at the end of a prefill call that attend densely", ge=0)
+    dense_layers: int = option(0, "first decoder layers that stay dense", ge=0)
+    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
+
+    def validate(self) -> None:
+        if wrong := check_budget("flash_prefill: budget", self.budget):
+            raise ConfigError(wrong)
+
+
+@register_method
+class FlashPrefill(Method):
+    """Every query meets every mean key; a block stays when its summed exponentials reach alpha times the best.
+
+    FlashPrefill, arXiv 2603.06199 (share="head") and its second version 2608.19758 (share="group": the rows of a
+    tile are the queries of all heads of a KV group). The paper's values of alpha: Llama-3.1-8B 0.18, Qwen3-30B-A3B
+    0.12, Qwen2.5-7B 0.08. The second version packs 128 rows of a group to a tile (block_q = 128 / heads per group);
+    its mean correction of dropped blocks is not part of this. In chunked prefill the last tiles of each chunk are
+    dense.
+    """
+
+    config_class = FlashPrefillConfig
+    summary = "key blocks by tile energy and max threshold"
+    paper = "https://arxiv.org/abs/2603.06199"
+    acts_in = frozenset({"prefill"})
+    causality = "tile"
+
+    def __init__(self, config: FlashPrefillConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self.settings = config
+
+    def pick(self, layers: list[int]) -> list[int]:
+        return [n for n in layers if n >= self.settings.dense_layers]
+
+    def notes(self) -> list[str]:
+        return [f"flash_prefill: calls with fewer than {self.settings.min_length} keys run dense (min_length)"]
+
+    @torch.no_grad()
+    def select(self, call: AttentionCall) -> Selection | None:
+        s = self.settings
+        tiles = -(-call.Lq // s.block_q) - s.last_blocks
+        if call.Lk < s.min_length or tiles <= 0:
+            return None
+        stop = min(tiles * s.block_q, call.Lq)
+        grid = Grid(call.layout.rows(0, stop), s.block_q, s.block_k)
+        means = block_means(call.k[:, :, : grid.at.Lk], s.block_k)
+        energy = tile_energy(call.q[:, :, :stop], means * call.scale, grid, choosers(call.layout, s.share))
+        keep = (energy > 0) & (energy >= s.alpha * energy.amax(-1, keepdim=True))
+        if s.alpha == 0:
+            keep = torch.ones_like(keep)
+        chosen = capped(grid, energy, keep, grid.forced(s.sink, s.window), s.budget)
+        return chosen if stop == call.Lq else Rows([(stop, chosen), (call.Lq, Causal())])
+
+
+def tile_energy(q: Tensor, means: Tensor, grid: Grid, heads: int) -> Tensor:
+    """Sums over a tile's rows of exp(logit - tile maximum), `[B, heads, nQ, nK]`, 0 for blocks no row sees whole.
+
+    `q [B, Hq, Lq, D]`, `means [B, Hkv, nK, D]` scaled mean keys in float32.
+    """
+    b, hq, lq, _ = q.shape
+    out = means.new_zeros(b, heads, grid.nq, grid.nk)
+    step = max(1, CHUNK_ELEMENTS // (b * hq * grid.block_q * grid.nk))
+    for n in range(0, grid.nq, step):
+        start, stop = n * grid.block_q, min((n + step) * grid.block_q, lq)
+        seen = (grid.at.off + stop) // grid.block_k
+        if not seen:
+            continue
+        rows = q[:, :, start:stop].float().unflatten(1, (means.shape[1], -1)).flatten(2, 3)
+        logits = (rows @ means[:, :, :seen].mT).view(b, hq, stop - start, seen)
+        sure = (grid.at.off + start + 1) // grid.block_k
+        position = torch.arange(grid.at.off + start, grid.at.off + stop, device=q.device)[:, None]
+        logits[..., sure:].masked_fill_((grid.blocks[sure:seen] + 1) * grid.block_k > position + 1, -torch.inf)
+        tiles = pad_to(logits, grid.block_q, -2, -torch.inf).unflatten(2, (-1, grid.block_q))
+        tiles = tiles.unflatten(1, (heads, -1))
+        top = tiles.amax((2, 4, 5), keepdim=True)
+        energy = tiles.sub_(top.masked_fill(top.isneginf(), 0.0)).exp_().sum((2, 4))
+        out[:, :, n : n + energy.shape[2], :seen] = energy
+    return out

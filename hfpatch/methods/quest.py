@@ -1,0 +1,130 @@
+"""Quest: at each decoded token, the pages of keys with the highest possible score."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..blocks import SHARES, check_budget, choosers, tokens_of
+from ..call import AttentionCall
+from ..config import MethodConfig, option
+from ..errors import ConfigError
+from ..method import Method
+from ..registry import register_method
+from ..selection import BlockMap, Selection
+
+FEWEST_PAGES = 3
+
+
+@dataclass(kw_only=True)
+class QuestConfig(MethodConfig):
+    """Settings of `quest`."""
+
+    method: ClassVar[str] = "quest"
+    budget: int | float = option(1024, "keys per decoded token: tokens, or a share of the visible ones", gt=0)
+    page: int = option(16, "keys per page", ge=1)
+    dense_layers: int = option(0, "first decoder layers that stay dense; the paper's code uses 2", ge=0)
+    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
+
+    def validate(self) -> None:
+        if wrong := check_budget("quest: budget", self.budget):
+            raise ConfigError(wrong)
+
+
+@register_method
+class Quest(Method):
+    """Elementwise minimum and maximum of each page's keys bound q k from above; the top pages are attended.
+
+    Quest, arXiv 2406.10774. At least three pages are kept, the current one among them. The paper chooses per query
+    head (share="head"); heads that share a choice add their bounds up. Prefill stays dense.
+    """
+
+    config_class = QuestConfig
+    summary = "decode over the pages with the highest bounds"
+    paper = "https://arxiv.org/abs/2406.10774"
+    acts_in = frozenset({"decode"})
+    stateful = True
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quest-paper": {"dense_layers": 2, "share": "head"}}
+
+    def __init__(self, config: QuestConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self.settings = config
+
+    def pick(self, layers: list[int]) -> list[int]:
+        return [n for n in layers if n >= self.settings.dense_layers]
+
+    def notes(self) -> list[str]:
+        return [f"quest: calls with fewer than {self.settings.min_length} keys run dense (min_length)"]
+
+    @torch.no_grad()
+    def select(self, call: AttentionCall) -> Selection | None:
+        s = self.settings
+        tokens = tokens_of(s.budget, call.Lk)
+        if call.Lq != 1 or call.Lk < s.min_length or (isinstance(s.budget, int) and call.Lk <= tokens):
+            return None
+        name = f"quest.{s.page}"
+        if name not in call.state:
+            call.state[name] = Pages(s.page, call.k)
+        pages = call.state[name]
+        pages.update(call.k)
+        bounds = pages.bounds(call.q[:, :, 0]).unflatten(1, (choosers(call.layout, s.share), -1)).sum(2)
+        bounds[..., -1] = torch.inf
+        count = min(max(FEWEST_PAGES, -(-tokens // s.page)), bounds.shape[-1])
+        indices = bounds.topk(count, dim=-1, sorted=False).indices[:, :, None]
+        return BlockMap(indices, torch.full_like(indices[..., 0], count), 1, s.page)
+
+
+class Pages:
+    """Elementwise minimum and maximum `[B, Hkv, capacity, D]` of the keys of each page, kept as keys arrive."""
+
+    def __init__(self, size: int, k: Tensor) -> None:
+        self.size, self.length = size, 0
+        self.low, self.high = self._space(k)
+
+    def update(self, k: Tensor) -> None:
+        """Take in `k [B, Hkv, Lk, D]`, all keys so far; pages that were full before are not read again."""
+        length = k.shape[2]
+        locked = self.low.is_inference() and not torch.is_inference_mode_enabled()
+        if length <= self.length or locked or self.low.device != k.device or self.low.shape[:2] != k.shape[:2]:
+            self.length = 0
+        first, whole, n = self.length // self.size, length // self.size, -(-length // self.size)
+        if not self.length:
+            self.low, self.high = self._space(k)
+        elif n > self.low.shape[2]:
+            (low, high), old = self._space(k), self.low.shape[2]
+            low[:, :, :old], high[:, :, :old] = self.low, self.high
+            self.low, self.high = low, high
+        new = k[:, :, first * self.size :]
+        if whole > first:
+            full = new[:, :, : (whole - first) * self.size].unflatten(2, (-1, self.size))
+            self.low[:, :, first:whole], self.high[:, :, first:whole] = full.amin(3), full.amax(3)
+        if n > whole:
+            rest = new[:, :, (whole - first) * self.size :]
+            self.low[:, :, whole], self.high[:, :, whole] = rest.amin(2), rest.amax(2)
+        self.length = length
+
+    def _space(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        b, h, length, d = k.shape
+        n = -(-length // self.size)
+        return k.new_zeros(b, h, n + n // 8 + 8, d), k.new_zeros(b, h, n + n // 8 + 8, d)
+
+    def bounds(self, q: Tensor) -> Tensor:
+        """Upper bounds `[B, Hq, n]` in float32 of `q [B, Hq, D]` times any key of each page."""
+        n = -(-self.length // self.size)
+        q = q.float().unflatten(1, (self.low.shape[1], -1))
+        low, high = self.low[:, :, :n].float(), self.high[:, :, :n].float()
+        return (q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT).flatten(1, 2)
+
+    def reorder(self, index: Tensor) -> "Pages":
+        """The pages of rows `index [n]`."""
+        out = copy.copy(self)
+        out.low, out.high = (x.index_select(0, index.to(x.device)) for x in (self.low, self.high))
+        return out
+
+    def crop(self, length: int) -> None:
+        """Forget everything: `length` counts padding too, so the next call starts over."""
+        self.length = 0

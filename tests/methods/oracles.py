@@ -1,0 +1,214 @@
+"""Plain-loop implementations of the papers' selections, and the inputs the methods' tests share."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfpatch.call import AttentionCall
+from hfpatch.method import Method
+from hfpatch.ops import attend
+from hfpatch.registry import get_method, make_config
+from hfpatch.selection import Causal
+
+SHAPES = {
+    "L63-mha": (1, 4, 4, 63, 63),
+    "L111-gqa4": (3, 8, 2, 111, 111),
+    "L257-mqa8": (1, 8, 1, 257, 257),
+    "chunk50of161": (3, 4, 2, 50, 161),
+    "chunk64of128": (1, 4, 1, 64, 128),
+    "chunk7of63": (1, 4, 2, 7, 63),
+}
+DECODES = {"decode63": (1, 4, 4, 1, 63), "decode111": (3, 8, 2, 1, 111), "decode257": (1, 8, 1, 1, 257)}
+
+
+def make_call(
+    shape: tuple[int, int, int, int, int], dim: int = 16, dv: int = 16, seed: int = 0, **fields: Any
+) -> AttentionCall:
+    """A call `(B, Hq, Hkv, Lq, Lk)` with random tensors whose keys drift slowly, so that blocks differ."""
+    b, hq, hkv, lq, lk = shape
+    g = torch.Generator().manual_seed(seed)
+    drift = torch.randn(b, hkv, lk // 5 + 2, dim, generator=g).repeat_interleave(5, 2)[:, :, :lk]
+    q = 1.5 * torch.randn(b, hq, lq, dim, generator=g)
+    k = drift + 0.7 * torch.randn(b, hkv, lk, dim, generator=g)
+    v = torch.randn(b, hkv, lk, dv, generator=g)
+    phase = "decode" if lq == 1 else "prefill" if lq == lk else "chunk"
+    return AttentionCall(layer=3, num_layers=8, phase=phase, q=q, k=k, v=v, scale=dim**-0.5, **fields)
+
+
+def make_method(name: str, **settings: Any) -> Method:
+    """A method built from its name and settings."""
+    return get_method(name)(make_config(name, settings))
+
+
+def chosen_mask(method: Method, call: AttentionCall) -> Tensor:
+    """Bool `[B, Hq, Lq, Lk]` of what the method selects; all earlier keys for None."""
+    at = call.layout
+    return (method.select(call) or Causal()).mask(at).expand(at.B, at.Hq, at.Lq, at.Lk)
+
+
+def heads_of(call: AttentionCall, share: str) -> list[list[int]]:
+    """Query heads that choose together."""
+    n = {"group": call.Hkv, "head": call.Hq, "all": 1}[share]
+    return [list(range(c * call.Hq // n, (c + 1) * call.Hq // n)) for c in range(n)]
+
+
+def tiles_of(call: AttentionCall, block_q: int) -> list[list[int]]:
+    """Query numbers of each tile."""
+    return [list(range(a, min(a + block_q, call.Lq))) for a in range(0, call.Lq, block_q)]
+
+
+def blocks_of(call: AttentionCall, block_k: int) -> list[list[int]]:
+    """Key numbers of each block."""
+    return [list(range(a, min(a + block_k, call.Lk))) for a in range(0, call.Lk, block_k)]
+
+
+def mask_of(call: AttentionCall, choose: Any, share: str, block_q: int, block_k: int) -> Tensor:
+    """Mask `[B, Hq, Lq, Lk]` from `choose(b, heads, tile, blocks) -> block numbers`, causality applied."""
+    keep = torch.zeros(call.B, call.Hq, call.Lq, call.Lk, dtype=torch.bool)
+    blocks = blocks_of(call, block_k)
+    for b in range(call.B):
+        for heads in heads_of(call, share):
+            for tile in tiles_of(call, block_q):
+                for m in choose(b, heads, tile, blocks):
+                    keep[b, heads, tile[0] : tile[-1] + 1, blocks[m][0] : blocks[m][-1] + 1] = True
+    return keep & causal(call)
+
+
+def causal(call: AttentionCall) -> Tensor:
+    """Bool `[Lq, Lk]`."""
+    return torch.ones(call.Lq, call.Lk, dtype=torch.bool).tril(call.off)
+
+
+def best(score: dict[int, float], count: int) -> set[int]:
+    """The `count` keys with the highest values."""
+    return set(sorted(score, key=lambda m: -score[m])[: max(count, 0)])
+
+
+def forced(call: AttentionCall, tile: list[int], blocks: list[list[int]], sink: int, window: int) -> set[int]:
+    """Blocks of a tile that are always kept."""
+    first, last = call.off + tile[0], call.off + tile[-1]
+    own = next(m for m, keys in enumerate(blocks) if last in keys)
+    out = set()
+    for m, keys in enumerate(blocks):
+        partly = keys[0] <= last and (keys[-1] > first or len(keys) < len(blocks[0]))
+        if keys[0] <= last and (m < sink or own - m < window or partly):
+            out.add(m)
+    return out
+
+
+def kv(call: AttentionCall, head: int) -> int:
+    """The key head of a query head."""
+    return head // call.groups
+
+
+def block_topk(
+    call: AttentionCall, budget: int | float, block_q: int, block_k: int, sink: int, window: int, share: str
+) -> Tensor:
+    """Softmax of mean query times mean keys over whole past blocks, averaged over the heads that share."""
+
+    def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
+        last = call.off + tile[-1]
+        always = forced(call, tile, blocks, sink, window)
+        whole = [m for m, keys in enumerate(blocks) if len(keys) == block_k and keys[-1] <= call.off + tile[0]]
+        score = dict.fromkeys(whole, 0.0)
+        for h in heads:
+            q = call.q[b, h, tile].mean(0)
+            means = {m: call.k[b, kv(call, h), blocks[m]].mean(0) for m in whole}
+            e = {m: math.exp(call.scale * float(q @ means[m])) for m in whole}
+            for m in whole:
+                score[m] += e[m] / sum(e.values())
+        tokens = budget if isinstance(budget, int) else budget * (last + 1)
+        rest = {m: x for m, x in score.items() if m not in always}
+        return always | best(rest, math.ceil(tokens / block_k) - len(always))
+
+    return mask_of(call, choose, share, block_q, block_k)
+
+
+def tile_energies(call: AttentionCall, b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> dict:
+    """FlashPrefill's S[J] of one tile: rows see a mean key only when its whole block is past."""
+    x: dict[int, list[float]] = {}
+    size = len(blocks[0])
+    for m, keys in enumerate(blocks):
+        for h in heads:
+            mean = call.k[b, kv(call, h), keys].mean(0)
+            rows = [i for i in tile if len(keys) == size and keys[-1] <= call.off + i]
+            if rows:
+                x.setdefault(m, []).extend((call.scale * call.q[b, h, rows] @ mean).tolist())
+    top = max((max(v) for v in x.values()), default=0.0)
+    return {m: sum(math.exp(a - top) for a in v) for m, v in x.items()}
+
+
+def flash_prefill(
+    call: AttentionCall,
+    alpha: float,
+    block_q: int,
+    block_k: int,
+    sink: int,
+    window: int,
+    last_blocks: int,
+    share: str,
+    budget: int | None = None,
+) -> Tensor:
+    """Blocks with S[J] >= alpha max S, sink, window; the last tiles dense; at most `budget` tokens."""
+    tiles = tiles_of(call, block_q)
+    dense = {i for tile in tiles[len(tiles) - last_blocks :] for i in tile} if last_blocks else set()
+
+    def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
+        if tile[0] in dense:
+            return set(range(len(blocks)))
+        always = forced(call, tile, blocks, sink, window)
+        energy = tile_energies(call, b, heads, tile, blocks)
+        keep = {m: s for m, s in energy.items() if s >= alpha * max(energy.values())}
+        if budget is None:
+            return always | set(keep)
+        rest = {m: s for m, s in keep.items() if m not in always}
+        return always | best(rest, math.ceil(budget / block_k) - len(always))
+
+    return mask_of(call, choose, share, block_q, block_k)
+
+
+def quest(call: AttentionCall, budget: int, page: int, share: str) -> Tensor:
+    """Pages with the highest bound sum_d max(q_d min_d, q_d max_d), the last page among them, at least three."""
+
+    def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
+        score = {}
+        for m, keys in enumerate(blocks[:-1]):
+            score[m] = 0.0
+            for h in heads:
+                low, high = (x.tolist() for x in call.k[b, kv(call, h), keys].aminmax(dim=0))
+                q = call.q[b, h, 0].tolist()
+                score[m] += sum(max(x * a, x * z) for x, a, z in zip(q, low, high, strict=True))
+        return {len(blocks) - 1} | best(score, max(3, math.ceil(budget / page)) - 1)
+
+    return mask_of(call, choose, share, 1, page)
+
+
+def pattern(call: AttentionCall, block: int, heads: int, rule: Any) -> Tensor:
+    """Token mask of a block rule `rule(h, I, J)`."""
+    keep = torch.zeros(call.B, call.Hq, call.Lq, call.Lk, dtype=torch.bool)
+    for h in range(call.Hq):
+        for n in range(call.Lq):
+            i = (call.off + n) // block
+            row = [rule(h * heads // call.Hq, i, j // block) for j in range(call.Lk)]
+            keep[:, h, n] = torch.tensor(row)
+    return keep & causal(call)
+
+
+def check_executors(method: Method, call: AttentionCall) -> None:
+    """The torch executor gives the dense softmax restricted to the method's own mask; density is the counted one."""
+    selection, at = method.select(call), call.layout
+    keep = chosen_mask(method, call)
+    k, v = (x.repeat_interleave(call.groups, 1).double() for x in (call.k, call.v))
+    logits = call.scale * call.q.double() @ k.mT
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    want = (logits.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2).float()
+    for name in ("reference", "torch"):
+        got = attend(
+            call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap, executor=name
+        ).out
+        assert (got - want).abs().max() <= 2e-5 * want.abs().max(), name
+    if selection is not None:
+        assert int(selection.attended(at)) == int(keep.sum())
