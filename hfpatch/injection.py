@@ -354,7 +354,7 @@ class RawCall:
         mask = self.mask
         if isinstance(mask, Tensor) and mask.shape[0] == 1 < self.q.shape[0]:
             mask = mask.expand(self.q.shape[0], *mask.shape[1:])
-        return row_groups(mask, self.q.shape[0], self.q.shape[2], self.total)
+        return row_groups(mask, self.q.shape[0], self.q.shape[2], self.total, id(self.module))
 
     def states(self, name: str) -> dict[Rows, State]:
         """What methods remember for this module and cache, by rows."""

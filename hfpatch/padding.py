@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 24
-_memo: tuple["weakref.ref[Tensor]", int, int, "list[RowGroup] | str"] | None = None
+_memo: tuple["weakref.ref[Tensor]", int | None, int, "list[RowGroup] | str", set[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -19,22 +19,27 @@ class RowGroup:
     stop: int
 
 
-def row_groups(mask: Tensor | None, batch: int, lq: int, total: int) -> list[RowGroup] | str:
+def row_groups(mask: Tensor | None, batch: int, lq: int, total: int, asker: int | None = None) -> list[RowGroup] | str:
     """Rows grouped by the range of their real tokens among `total` keys, or the reason why that is impossible.
 
     `mask` is None (causal, no padding), `[B, >=total]` of ones and zeros, or `[B, 1, Lq, >=total]` as bool
     (True = keep) or additive float. A 4-D mask that is anything but causality and padding gives a reason.
-    The answer for the last mask is remembered, since all layers of a forward share one.
+    The answer for the last mask is remembered, since all layers of a forward share one. Inference tensors do not
+    tell when they change: there each `asker` (a layer) is given an answer once, then the mask is read again.
     """
     global _memo
     if mask is None:
         return [RowGroup(tuple(range(batch)), 0, total)]
-    version = 0 if mask.is_inference() else mask._version
+    version = None if mask.is_inference() else mask._version
     memo = _memo
     if memo is not None and memo[0]() is mask and memo[1:3] == (version, total):
-        return memo[3]
+        if version is not None:
+            return memo[3]
+        if asker is not None and asker not in memo[4]:
+            memo[4].add(asker)
+            return memo[3]
     answer = _read(mask, batch, lq, total)
-    _memo = (weakref.ref(mask), version, total, answer)
+    _memo = (weakref.ref(mask), version, total, answer, set() if asker is None else {asker})
     return answer
 
 
