@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -84,8 +85,18 @@ class HFPatchLM(HFLM):
         super().__init__(location(pretrained), **kwargs)
         if not isinstance(pretrained, str):
             self._apply_patch()
-        if self.world_size == 1 and not kwargs.get("tp_plan") and hasattr(self, "accelerator"):
+        self._share_requests(kwargs.get("tp_plan") is not None)
+
+    def _share_requests(self, tensor_parallel: bool) -> None:
+        """Let every process of a launch take its part where `hf` sees to it on several GPUs only."""
+        if self.world_size == 1 and not tensor_parallel and hasattr(self, "accelerator"):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+        if launched and not hasattr(self, "accelerator"):
+            logger.warning(
+                "accelerate was asked for several processes but has started one, as it does on a CPU; set "
+                "ACCELERATE_USE_CPU=true and add --multi_gpu, or start with torchrun --nproc-per-node."
+            )
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         super()._create_model(*args, **kwargs)

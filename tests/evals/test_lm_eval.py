@@ -289,16 +289,23 @@ def command(folder: str, out: Path, *launcher: str) -> dict:
         *("--tasks", "hfpatch_niah,hfpatch_perplexity", "--metadata", "length=420", "samples=5"),
         *("--batch_size", "2", "--device", "cpu", "--output_path", str(out)),
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run([sys.executable, *launcher, "-m", "hfpatch.integrations.lm_eval", *args], check=True, env=env)
     (file,) = out.rglob("results_*.json")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def test_a_launch_of_one_process_instead_of_several_is_told(folder, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    model(folder)
+    assert "started one" in caplog.text
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(folder, tmp_path):
     one = command(folder, tmp_path / "one")
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0")
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     two = command(folder, tmp_path / "two", *launcher)
     for task, scores in one["results"].items():
         for name, value in scores.items():
