@@ -29,13 +29,13 @@ class Method:
     paper: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     kinds: ClassVar[frozenset[str]] = frozenset({"full"})
-    needs: ClassVar[frozenset[str]] = frozenset()
     drives: ClassVar[frozenset[str]] = frozenset()
     stateful: ClassVar[bool] = False
     trained: ClassVar[bool] = False
 
     acts_in: frozenset[str] = frozenset({"prefill", "decode"})
     causality: str = "yes"
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.config = config

@@ -27,6 +27,11 @@ DHSA = {"budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius":
 METHODS = [
     MethodCase("dense", sliding=True),
     MethodCase("infiniretri"),
+    MethodCase(
+        "flux",
+        {"router": "static", "sparse_layers": "1-", "sparse_settings": {"sink": 2, "window": 8}},
+        {"sparse_layers": None},
+    ),
     MethodCase("streaming", {"sink": 2, "window": 8}, {"window": 1 << 20}),
     MethodCase(
         "streaming", {"sink": 2, "window": 8, "last_queries": 5}, {"window": 1 << 20}, "tile", label="tri-shape"
@@ -60,4 +65,5 @@ METHODS = [
     ),
     MethodCase("zerotuning", {"gamma": 3.0}, {"gamma": 1.0}),
     MethodCase("head_scale", {"heads": [[1, 0], [1, 3]], "factor": 0.3}, {"factor": 1.0}),
+    MethodCase("act", {"beta": 0.3, "threshold": 0.04}, {"beta": 1.0}, "no"),
 ]

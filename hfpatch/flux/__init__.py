@@ -1,0 +1,1 @@
+"""What the `flux` method routes with: the learned router and its pooling."""
