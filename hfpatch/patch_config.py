@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .config import MethodConfig
 from .errors import ConfigError
@@ -14,6 +15,7 @@ from .version import __version__
 
 CONFIG_FILE = "hfpatch_config.json"
 TENSOR_FILE = "hfpatch_model.safetensors"
+logger = logging.get_logger(__name__)
 
 
 def _version_tuple(text: str) -> tuple[int, ...]:
@@ -48,6 +50,8 @@ class PatchConfig:
         newer = _version_tuple(str(data.get("hfpatch_version", "0"))) > _version_tuple(__version__)
         if extra and not newer:
             raise ConfigError(f"{where}: there is no setting {extra[0]!r}.")
+        if extra:
+            logger.warning("%s: settings from a newer hfpatch are ignored: %s", where, ", ".join(extra))
         methods = []
         for entry in data["methods"]:
             if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
