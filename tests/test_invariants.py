@@ -156,11 +156,10 @@ def test_reported_density_is_the_counted_one(
         logits(model, zoo.prompt(model, 3, LENGTH))
         report = patch.report()
     assert all(line.stats.calls == 1 for line in report.lines)
-    attended = sum(int(line.stats.attended) for line in report.lines)
-    if counted:
-        assert attended == sum(counted)
-    else:
-        assert report.density() == 1.0
+    base = [line.stats for line in report.lines if set(line.stats.executors) == {model.config._attn_implementation}]
+    assert all(int(stats.attended) == stats.visible for stats in base)
+    attended = sum(int(line.stats.attended) for line in report.lines) - sum(s.visible for s in base)
+    assert attended == sum(counted)
 
 
 @architectures
