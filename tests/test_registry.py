@@ -40,6 +40,7 @@ class Nameless(Method):
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    list_methods()
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     yield
 
