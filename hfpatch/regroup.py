@@ -9,7 +9,8 @@ from torch import Tensor
 from .call import AttentionCall
 from .selection import Causal, Selection
 
-VANISHED = 1e-5
+CANCELLING = 0.1
+CHUNK_ELEMENTS = 1 << 22
 Factor = float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -18,8 +19,8 @@ class Columns:
     """Different key columns `keys` and the factor on their softmax weights.
 
     `keys`: a tensor `[n]`, or a slice with start and stop. `factor`: a number, `[Hq]`, a tensor that broadcasts
-    to `[B, Hq, Lq, n]`, or a function from the weights `[B, Hq, Lq, n]` before this regroup to such a tensor.
-    `positive`: a tensor or function known to stay above 1e-5, which saves looking for queries left with nothing.
+    to `[B, Hq, Lq, n]`, or a function from the weights `[B, Hq, R, n]` of some queries before this regroup to such
+    a tensor. `positive`: known never to take nearly all of a query's weight, which saves looking for such queries.
     """
 
     keys: Tensor | slice
@@ -60,11 +61,12 @@ def regroup(
     `out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]`; a sink logit keeps factor 1. Groups may share columns: each sees the
     weights the earlier ones left. With weights w and factors f on columns C:
     out' = (out + sum_C (f - 1) w v) / (1 + sum_C (f - 1) w).
-    A query left with less than 1e-5 of its weight, where float32 ends here, sees nothing: out 0, lse -inf.
+    Queries left with so little of their weight that the difference loses digits are computed again from all keys;
+    one left with nothing gets out 0, lse -inf.
     """
     total = out.to(lse.dtype)
     done: list[tuple[Tensor, Tensor]] = []
-    gone: Tensor | None = None
+    left: Tensor | None = None
     for group in groups:
         weights = column_weights(call, group.keys, lse, selection)
         for keys, factor in done:
@@ -72,18 +74,48 @@ def regroup(
         factor = _broadcast(group.factor, weights)
         extra = weights * (factor - 1)
         norm = 1 + extra.sum(-1)
-        if not (group.positive or (isinstance(group.factor, (int, float)) and group.factor > VANISHED)):
-            empty = norm < VANISHED
-            gone = empty if gone is None else gone | empty
-            norm = norm.masked_fill(empty, 1.0)
+        if not (group.positive or (isinstance(group.factor, (int, float)) and group.factor > CANCELLING)):
+            left = norm if left is None else left * norm
         total = _added(total, extra, call.v[:, :, group.keys].to(lse.dtype)) / norm.transpose(1, 2)[..., None]
         lse = lse + norm.log()
         if len(groups) > 1:
             done.append((group.indices(lse.device), factor))
-    if gone is not None:
-        total = total.masked_fill(gone.transpose(1, 2)[..., None], 0.0)
-        lse = lse.masked_fill(gone, -torch.inf)
+    if left is not None:
+        rows = (left > CANCELLING).logical_not().flatten(0, 1).any(0).nonzero()[:, 0]
+        for some in rows.split(max(1, CHUNK_ELEMENTS // (call.B * call.Hq * call.Lk))):
+            total[:, some], lse[:, :, some] = _from_all_keys(call, some, groups, selection, lse.dtype)
     return total.to(out.dtype), lse
+
+
+def _from_all_keys(
+    call: AttentionCall, rows: Tensor, groups: list[Columns], selection: Selection | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Reweighted `out [B, R, Hq, Dv]`, `lse [B, Hq, R]` of the queries `rows [R]` by their whole rows of weights."""
+    exact = torch.float64 if call.q.device.type != "mps" else torch.float32
+    k, v = (t.to(exact).repeat_interleave(call.groups, dim=1) for t in (call.k, call.v))
+    logits = call.scale * call.q[:, :, rows].to(exact) @ k.mT
+    if call.softcap is not None:
+        logits = torch.tanh(logits / call.softcap) * call.softcap
+    if call.bias is not None:
+        logits = logits + call.bias.to(exact)[:, :, None]
+    seen = (selection or Causal()).mask(call.layout)[:, :, rows]
+    logits = logits.masked_fill(~seen, -torch.inf)
+    lse = logits.logsumexp(-1)
+    if call.sinks is not None:
+        lse = torch.logaddexp(lse, call.sinks.to(exact)[:, None])
+    weights = torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0)[..., None])
+    rest = 1 - weights.sum(-1) if call.sinks is not None else torch.zeros_like(lse)
+    for group in groups:
+        columns = group.indices(rows.device)
+        factor = _broadcast(group.factor, weights[..., columns])
+        if factor.dim() > 1 and factor.shape[-2] == call.Lq > 1:
+            factor = factor[..., rows, :]
+        weights = weights.index_copy(-1, columns, weights[..., columns] * factor)
+        norm = weights.sum(-1) + rest
+        weights, rest = weights / norm[..., None], rest / norm
+        lse = lse + norm.log()
+    weights = weights.masked_fill(lse.isneginf()[..., None], 0.0)
+    return (weights @ v).transpose(1, 2).to(dtype), lse.to(dtype)
 
 
 def _broadcast(factor: Factor, weights: Tensor) -> Tensor:

@@ -125,3 +125,19 @@ def test_initial_weight(lq: int, extra: dict[str, Any]) -> None:
     call = make_call(lq, **extra)
     got = initial_weight(call, queries=1 << 20)
     torch.testing.assert_close(got.double(), weights_of(call)[:, :, lq // 2 :, 0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
+def test_little_left_keeps_its_digits(extra: dict[str, Any]) -> None:
+    """Where a factor takes nearly all of a query's weight, what remains is a difference of close numbers."""
+    call = make_call(**extra)
+    call.k[:, :, 4] = 1.2 * call.q[:, ::2, 30]
+    factor = torch.tensor([0.0, 1e-6, 1e-3, 1.0])
+    out, lse = run(call, [Columns(torch.tensor([4]), factor), Columns(slice(0, 2), 0.5)])
+    weights = weights_of(call)
+    assert weights[:, 0, 30, 4].min() > 0.99 or call.softcap
+    rest = 1 - weights.sum(-1)
+    weights, rest = rescaled(weights, [4], factor.double()[:, None, None], rest)
+    weights, rest = rescaled(weights, [0, 1], 0.5, rest)
+    torch.testing.assert_close(out.double(), values(call, weights), rtol=1e-5, atol=1e-5)
+    assert lse.isfinite().all()

@@ -1,0 +1,64 @@
+"""Attention received by every key, summed over queries, without the whole weight matrix."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..call import AttentionCall
+
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(eq=False)
+class ColumnSums:
+    """Dense attention to each key `sums [B, H, Lk]` of some heads, over `counts [Lk]` queries that could see it."""
+
+    sums: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, call: AttentionCall, earlier: "ColumnSums | None", heads: list[int]) -> "ColumnSums":
+        """The call's sums over the query heads `heads`, added to those of earlier calls."""
+        sums = call.q.new_zeros((call.B, len(heads), call.Lk), dtype=torch.float32)
+        counts = sums.new_zeros(call.Lk)
+        if earlier is not None:
+            known = min(earlier.counts.shape[0], call.Lk)
+            sums[..., :known] = earlier.sums[..., :known]
+            counts[:known] = earlier.counts[:known]
+        step = max(1, CHUNK_ELEMENTS // (call.B * len(heads) * call.Lk))
+        for start in range(0, call.Lq, step):
+            weights = _weights(call, heads, start, min(start + step, call.Lq))
+            sums[..., : weights.shape[-1]] += weights.sum(2)
+        counts += call.Lk - call.k_pos.clamp(min=call.off)
+        return cls(sums, counts)
+
+    def means(self) -> Tensor:
+        """Mean attention `[B, H, Lk]` to each key."""
+        return self.sums / self.counts.clamp(min=1)
+
+    def reorder(self, index: Tensor) -> "ColumnSums":
+        """The sums of batch rows `index`."""
+        return ColumnSums(self.sums.index_select(0, index.to(self.sums.device)), self.counts)
+
+    def crop(self, length: int) -> None:
+        """Forget keys from `length` on; what the dropped queries gave to earlier keys stays in sums and counts."""
+        self.sums, self.counts = self.sums[..., :length], self.counts[:length]
+
+
+def _weights(call: AttentionCall, heads: list[int], start: int, stop: int) -> Tensor:
+    """Softmax weights `[B, H, R, C]` in float32 of queries `start..stop`, over the keys up to the last of them."""
+    lk = call.off + stop
+    q = call.q[:, heads, start:stop].float()
+    k = call.k[:, [h // call.groups for h in heads], :lk].float()
+    logits = call.scale * q @ k.mT
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    if call.bias is not None:
+        bias = call.bias[..., :lk].float()
+        logits = logits + (bias[:, heads] if bias.shape[1] > 1 else bias)[:, :, None]
+    logits = logits.masked_fill(call.k_pos[:lk] > call.q_pos[start:stop, None], -torch.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    if call.sinks is not None:
+        lse = torch.logaddexp(lse, call.sinks[heads].float().view(1, -1, 1, 1))
+    return torch.exp(logits - lse)
