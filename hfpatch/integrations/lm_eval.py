@@ -31,6 +31,10 @@ def run_lm_eval(argv: Sequence[str]) -> int:
         cli.execute(args)
         if HFPatchLM.last_report is not None:
             print(HFPatchLM.last_report)
+    except ValueError as error:
+        if str(error).startswith("Tasks not found"):
+            raise ConfigError(f"{error}; `ls tasks` in place of the options lists those there are.") from error
+        raise
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import Patch, PatchConfig, Report, get_patch, patch_model
+from .. import Patch, PatchConfig, get_patch, patch_model
 from ..errors import ConfigError, NotPatchedError
 from ..version import __version__
 from .merged_report import merge_reports
@@ -64,11 +64,12 @@ class HFPatchLM(HFLM):
     """lm-eval's `hf` with a patch: `pretrained=...,patch=NAME,patch_window=64`, all else as for `hf`.
 
     `pretrained` may be "embedded"; `patch` is what the command line takes: a name, NAME+NAME, a config file or folder,
-    a Hub id. Settings come as `patch_<setting>=value` or, where arguments are JSON, as an object in `patch_args`.
+    a Hub id. Settings come as `patch_<setting>=value` or, where arguments are JSON, as an object in `patch_args`; in
+    NAME+NAME they go to every method that knows them.
     `strict` refuses loglikelihood requests for methods in which a later token can change an earlier one.
     """
 
-    last_report: ClassVar[Report | None] = None
+    last_report: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -167,6 +168,7 @@ class HFPatchLM(HFLM):
         info = {**super().get_model_info(), "hfpatch_version": __version__, "patch": None}
         if self.patch is not None:
             report = merge_reports([self.patch.report().to_dict(), *self._others])
-            HFPatchLM.last_report = self.patch.report()
+            others = f"\n(process 1 of {self.world_size}; the results file adds all up)" * (self.world_size > 1)
+            HFPatchLM.last_report = f"{self.patch.report()}{others}"
             info |= {"patch": self.patch.config.to_dict(), "patch_report": report}
         return info

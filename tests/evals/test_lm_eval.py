@@ -212,6 +212,18 @@ def test_settings_come_as_arguments_json_or_object():
             take_settings(text, {})
 
 
+def test_lm_evals_plain_argument_text(folder):
+    text = f"pretrained={folder},dtype=float32,patch=dense+streaming,patch_window=8,patch_layers=1"
+    lm = HFPatchLM.create_from_arg_string(text, {"device": "cpu", "batch_size": 2, "max_batch_size": None})
+    assert (lm.patch.layers, lm.patch.config.methods[1].window) == ([1], 8)
+
+
+@pytest.mark.slow
+def test_unknown_task_is_told_in_a_sentence(folder):
+    with pytest.raises(ConfigError, match="Tasks not found: nosuch; `ls tasks`"):
+        bridge.main(["--model_args", f"pretrained={folder}", "--tasks", "nosuch", "--device", "cpu"])
+
+
 def test_patch_specs():
     assert resolve_patch(None, {}) is None
     assert resolve_patch("none", {}) is None
