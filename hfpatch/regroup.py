@@ -9,7 +9,7 @@ from torch import Tensor
 from .call import AttentionCall
 from .selection import Causal, Selection
 
-CANCELLING = 0.1
+CANCELLING = 0.3
 CHUNK_ELEMENTS = 1 << 22
 Factor = float | Tensor | Callable[[Tensor], Tensor]
 

@@ -139,5 +139,5 @@ def test_little_left_keeps_its_digits(extra: dict[str, Any]) -> None:
     rest = 1 - weights.sum(-1)
     weights, rest = rescaled(weights, [4], factor.double()[:, None, None], rest)
     weights, rest = rescaled(weights, [0, 1], 0.5, rest)
-    torch.testing.assert_close(out.double(), values(call, weights), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), values(call, weights), rtol=2e-5, atol=2e-5)
     assert lse.isfinite().all()
