@@ -95,4 +95,4 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=2)
 def _load(name: str, revision: str, trust: bool) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
