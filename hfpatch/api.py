@@ -143,7 +143,19 @@ def patched(
     model: nn.Module, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any
 ) -> Iterator[Patch]:
     """Patch the model inside a `with` block; a patch it carried before is put aside and comes back."""
-    patch = _prepare(model, method, settings)
+    with _in_place_of_any(model, _prepare(model, method, settings)) as patch:
+        yield patch
+
+
+@contextmanager
+def patched_with(model: nn.Module, methods: list[Method]) -> Iterator[Patch]:
+    """As `patched`, with methods the caller made: for calibration, whose methods are no one's to load."""
+    with _in_place_of_any(model, _prepare_methods(model, PatchConfig([m.config for m in methods]), methods)) as patch:
+        yield patch
+
+
+@contextmanager
+def _in_place_of_any(model: nn.Module, patch: Patch) -> Iterator[Patch]:
     before = model.__dict__.get(HANDLE)
     if before is not None:
         before._detach()
@@ -220,7 +232,10 @@ def _prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Patch:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"Expected a loaded Transformers model, not {type(model).__name__}.")
     config = _as_config(method, settings)
-    methods = _build(config)
+    return _prepare_methods(model, config, _build(config))
+
+
+def _prepare_methods(model: nn.Module, config: PatchConfig, methods: list[Method]) -> Patch:
     _check_executors(config)
     found = survey(model)
     chosen, why = _assign(methods, found)
