@@ -88,16 +88,6 @@ def choose(score: Tensor, starts: Tensor, ends: Tensor, room: Room, block_q: int
     return TokenLists(lists, lists.new_full(lists.shape[:3], room.budget), block_q, align)
 
 
-def score_chunks(q: Tensor, chunks: Tensor, shared: bool = False) -> Tensor:
-    """Chunk scores `[B, Hkv or 1, nQ, C]`: pooled queries `[B, Hkv, nQ, D]` against `chunks [B, Hkv, C, D]`.
-
-    `shared` averages the heads on both sides first, as the paper's code does.
-    """
-    if shared:
-        q, chunks = q.mean(1, keepdim=True), chunks.mean(1, keepdim=True)
-    return q @ chunks.mT
-
-
 def centre(score: Tensor, starts: Tensor, ends: Tensor, upto: Tensor) -> Tensor:
     """Turn scores `[B, H, nQ, C]` of sqrt(len) * mean(k) into those of sqrt(len) * (mean(k) - mean of earlier keys).
 
@@ -110,6 +100,33 @@ def centre(score: Tensor, starts: Tensor, ends: Tensor, upto: Tensor) -> Tensor:
     tokens = (length[:, None, None] * seen).sum(-1, keepdim=True).clamp_min(1)
     mean = (score * root).masked_fill(~seen, 0).sum(-1, keepdim=True) / tokens
     return score - mean * root
+
+
+def band_scores(q: Tensor, chunks: Tensor, ends: Tensor, upto: Tensor) -> Tensor:
+    """Scores `[B, H, nQ, C]` in (0, 1]: pooled `q [B, H, nQ, D]` and `chunks [B, H, C, D]` compared per rotary band.
+
+    Averaging keys after RoPE wipes out fast channels, which then only add noise to slow ones. As Prism
+    (arXiv 2602.08426): the fast half and the slow three quarters of the channel pairs are scored apart, each with a
+    temperature that restores its share of the energy; there top-p of each, here the larger probability ranks.
+    Pairs are taken as (d, d + D/2), Transformers' usual layout. Chunks that end after `upto [nQ]` do not compete.
+    """
+    d = q.shape[-1]
+    allowed = (ends[:, None] <= upto[:, None])[:, None]
+    best = None
+    for low, high in ((0, d // 4), (d // 8, d // 2)):
+        cut = [*range(low, high), *range(low + d // 2, high + d // 2)]
+        qz, kz = q[..., cut], chunks[..., cut]
+        heat = len(cut) * d**-0.5 * _energy(qz, q) * _energy(kz, chunks)
+        logits = (qz @ kz.mT / heat).masked_fill(~allowed, -torch.inf)
+        p = logits.softmax(-1).nan_to_num(0)
+        best = p if best is None else best.maximum(p)
+    return best if best is not None else q @ chunks.mT
+
+
+def _energy(part: Tensor, whole: Tensor) -> Tensor:
+    """Root mean square of `part` over that of `whole`, per head: `[B, H, 1, 1]`."""
+    rms = [t.square().mean((-1, -2), keepdim=True).sqrt() for t in (part, whole)]
+    return rms[0] / rms[1].clamp_min(1e-12)
 
 
 def pool_queries(q: Tensor, kv_heads: int, block: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Dynamic hierarchical sparse attention: learned or found chunk boundaries, a token budget per query block."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..dhsa import boundaries as cutting
-from ..dhsa.choose import Room, centre, choose, pool_queries, score_chunks
+from ..dhsa.choose import Room, band_scores, centre, choose, pool_queries
+from ..dhsa.labels import mass_ratio
+from ..dhsa.predictor import BoundaryPredictor, load_predictor
 from ..dhsa.table import ChunkTable
 from ..errors import ConfigError
 from ..method import Method
@@ -37,6 +39,7 @@ class DhsaConfig(MethodConfig):
     radius: int = option(8, "a boundary this close to a better one is dropped", ge=0)
     threshold: float | None = option(None, "least boundary score (novelty 0..2, predictor logit, oracle ratio)")
     heads: str = option("group", "one selection per key-value group, or one for all heads", choices=("group", "all"))
+    bands: bool = option(False, "score fast and slow rotary channels apart (Prism), the better of the two counts")
     center: bool = option(True, "score keys by what sets them apart from the mean of the earlier ones")
     question_tokens: int = option(64, "last queries of a prefill call, which attend densely", ge=0)
     close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
@@ -44,7 +47,9 @@ class DhsaConfig(MethodConfig):
     phase: str = option("both", "where the selection applies", choices=("both", "prefill", "decode"))
     share: str = option("none", "what later layers take over", choices=("none", "boundaries", "selection"))
     share_span: int = option(0, "patched layers that share with the first of them; 0 is all", ge=0)
-    predictor: str | None = option(None, "folder or Hub id of a trained boundary predictor")
+    predictor: str | None = option(
+        None, "folder or Hub id of a boundary predictor, or 'embedded' for the small model's"
+    )
 
     def validate(self) -> None:
         if isinstance(self.budget, float) and self.budget > 1:
@@ -96,14 +101,26 @@ class Dhsa(Method):
         super().__init__(config, tensors)
         self.settings = s = config
         self.acts_in = frozenset({"prefill", "decode"} if s.phase == "both" else {s.phase})
-        tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.block_q
+        tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.block_q and not s.bands
         self.causality = "tile" if tiled else "no"
+        self.predictor = BoundaryPredictor.of(tensors or {})
+        self.watch: Callable[[AttentionCall, Selection | None], None] | None = None
         self._leader: dict[int, int] = {}
         self._shared: dict[int, tuple[Any, Any]] = {}
         self._counts: dict[int, tuple[Tensor, int]] = {}
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        """Load the predictor and settle which layer shares with which. Raises ConfigError."""
         s = self.settings
+        if s.boundaries == "predictor" and self.predictor is None:
+            if s.predictor is None:
+                raise ConfigError(
+                    "dhsa: boundaries='predictor' needs a trained predictor; train one with `hfpatch calibrate dhsa` "
+                    "and name its folder in `predictor`, or use boundaries='novelty'."
+                )
+            self.predictor = load_predictor(s.predictor)
+        if self.predictor is not None:
+            self.predictor.check(model)
         span = s.share_span or len(layers)
         if s.share != "none":
             self._leader = {layer: layers[n // span * span] for n, layer in enumerate(layers)}
@@ -113,8 +130,19 @@ class Dhsa(Method):
         parts = [(layer, int(n), tokens) for layer, (n, tokens) in sorted(self._counts.items())]
         return [f"dhsa: layer {layer}: {n} chunks, {t / n:.1f} tokens on average" for layer, n, t in parts]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The predictor's weights and sizes."""
+        return {} if self.predictor is None else self.predictor.tensors()
+
     @torch.no_grad()
     def select(self, call: AttentionCall) -> Selection | None:
+        """Lists of tokens per query block; `watch`, if set, is shown the call and the answer."""
+        selection = self._select(call)
+        if self.watch is not None:
+            self.watch(call, selection)
+        return selection
+
+    def _select(self, call: AttentionCall) -> Selection | None:
         s = self.settings
         units = s.units(call.Lk)
         decode = call.phase == "decode"
@@ -140,13 +168,20 @@ class Dhsa(Method):
         room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units)
         starts, ends = table.spans
         q = pool_queries(call.q[:, :, dense:stop], call.Hkv, block)
-        score = score_chunks(q, table.represent(), shared=s.heads == "all")
-        if s.center:
-            score = centre(score, starts, ends, begin)
+        score = self._scores(q, table.represent(), starts, ends, begin)
         lists = choose(score, starts // a, ends // a, room, block, a)
         parts = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
         return lists if len(parts) == 1 else Rows(parts)
+
+    def _scores(self, q: Tensor, chunks: Tensor, starts: Tensor, ends: Tensor, upto: Tensor) -> Tensor:
+        s = self.settings
+        if s.heads == "all":
+            q, chunks = q.mean(1, keepdim=True), chunks.mean(1, keepdim=True)
+        if s.bands:
+            return band_scores(q, chunks, ends, upto)
+        score = q @ chunks.mT
+        return centre(score, starts, ends, upto) if s.center else score
 
     def _table(self, call: AttentionCall) -> ChunkTable:
         """The chunk table brought up to date; built anew from the keys when it is gone or the cache was cut back."""
@@ -190,7 +225,13 @@ class Dhsa(Method):
         return cutting.snap(flags, start, s.align) if s.align > 1 else flags
 
     def _score(self, call: AttentionCall, start: int, stop: int) -> Tensor:
+        """Boundary scores `[B, stop - start]`; -inf where there are too few tokens on a side."""
         s = self.settings
+        if s.boundaries == "oracle":
+            return mass_ratio(call, s.window)[:, start:stop].float().nan_to_num(-torch.inf)
+        if s.boundaries == "predictor" and self.predictor is not None:
+            lead = min(start, self.predictor.window)
+            return self.predictor.score(call.k[:, :, start - lead : stop])[:, lead:]
         lead = min(start, s.window)
         return cutting.novelty(call.k[:, :, start - lead : stop], s.window)[:, lead:]
 

@@ -1,0 +1,316 @@
+"""Trains the boundary predictor of `dhsa` on a model's own attention."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..api import patched
+from ..call import AttentionCall
+from ..dhsa.labels import mass_ratio, targets
+from ..dhsa.predictor import BoundaryPredictor
+from ..errors import ConfigError
+from ..methods.dhsa import Dhsa, DhsaConfig
+from ..patch_config import PatchConfig
+from ..selection import Selection
+
+STATE_FILE = "training.pt"
+GRID = torch.linspace(-3, 3, 61)
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: texts of `length` tokens, `validation` share of them kept aside, every layer in every step.
+
+    Labels (attention-mass ratio >= beta), focal loss (gamma, positive_weight) and Adam are the paper's code's; its
+    learning rate of 1e-4 is for 10,000 texts, a few hundred want more.
+    """
+
+    length: int = 2048
+    epochs: int = 2
+    rate: float = 1e-3
+    window: int = 4
+    width: int | None = 64
+    heads: int = 4
+    hidden: int = 256
+    beta: float = 2.0
+    gamma: float = 2.0
+    positive_weight: float = 1.3
+    validation: float = 0.1
+    save_every: int = 50
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Exact-position score of the predictor on the texts kept aside, at the logit `threshold` with the best F1."""
+
+    threshold: float
+    precision: float
+    recall: float
+    f1: float
+    positives: float
+
+    def __str__(self) -> str:
+        return (
+            f"F1 {self.f1:.3f} (precision {self.precision:.3f}, recall {self.recall:.3f}) at logit "
+            f"{self.threshold:.2f}; {self.positives:.1%} of positions are boundaries"
+        )
+
+
+def focal_loss(logits: Tensor, wanted: Tensor, gamma: float = 2.0, positive_weight: float = 1.3) -> Tensor:
+    """Mean focal binary cross-entropy of `logits [...]` against `wanted [...]`, whose nan entries do not count."""
+    valid = ~wanted.isnan() & logits.isfinite()
+    x, y = logits[valid], wanted[valid]
+    loss = F.binary_cross_entropy_with_logits(x, y, reduction="none", pos_weight=x.new_tensor(positive_weight))
+    p = torch.sigmoid(x)
+    return (loss * (1 - torch.where(y > 0.5, p, 1 - p)) ** gamma).mean()
+
+
+def layer_calls(model: nn.Module, ids: Tensor, use: Callable[[AttentionCall], None], layers: Any = None) -> None:
+    """Run the model on `ids [1, L]` and show `use` every full-attention call, layer by layer, unchanged and dense."""
+    config = DhsaConfig(boundaries="fixed", budget=1 << 40, layers=layers)
+
+    def watch(call: AttentionCall, selection: Selection | None) -> None:
+        use(call)
+
+    with patched(model, config) as patch, torch.no_grad():
+        for method in patch.methods:
+            if isinstance(method, Dhsa):
+                method.watch = watch
+        model(ids, use_cache=False)
+
+
+def calibrate_dhsa(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    layers: int | str | list[int] | None = None,
+    resume: bool = True,
+    advance: Advance | None = None,
+) -> Quality:
+    """Train a boundary predictor for `model` on `texts` and write it to the folder `out` as a patch config.
+
+    Continues an interrupted run of the same recipe when `resume`. To use it, patch with
+    `PatchConfig.from_pretrained(out)`, or "dhsa" with boundaries="predictor" and predictor=out. Raises ConfigError.
+    """
+    r, out = recipe or Recipe(), Path(out)
+    samples = _tokenise(tokenizer, texts, r, next(model.parameters()).device)
+    aside = max(1, round(len(samples) * r.validation))
+    training, validation = samples[aside:], samples[:aside]
+    if not training:
+        raise ConfigError(f"{len(samples)} of the texts have {8 * r.window} tokens or more; give at least two.")
+    run = _Run(model, r, layers, out)
+    done = run.load(len(training)) if resume else 0
+    for step, ids in enumerate(_schedule(training, r)):
+        if step >= done:
+            run.step(ids)
+            if (step + 1) % r.save_every == 0:
+                run.save(step + 1, len(training))
+        if advance is not None:
+            advance()
+    quality = run.validate(validation)
+    config = DhsaConfig(boundaries="predictor", threshold=quality.threshold, window=r.window, layers=layers)
+    tensors = {f"0.{name}": t for name, t in run.predictor.tensors().items()}
+    name = getattr(getattr(model, "config", None), "name_or_path", None) or None
+    PatchConfig([config], name, tensors).save_pretrained(out)
+    (out / STATE_FILE).unlink(missing_ok=True)
+    return quality
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[str], r: Recipe, device: torch.device) -> list[Tensor]:
+    found = [tokenizer(t, return_tensors="pt", truncation=True, max_length=r.length).input_ids for t in texts]
+    return [ids.to(device) for ids in found if ids.shape[1] >= 8 * r.window]
+
+
+def _schedule(samples: list[Tensor], r: Recipe) -> Iterator[Tensor]:
+    """The samples of all epochs, each in an order of its own; the same in a resumed run."""
+    for epoch in range(r.epochs):
+        order = list(range(len(samples)))
+        random.Random(r.seed + epoch).shuffle(order)
+        yield from (samples[n] for n in order)
+
+
+class _Run:
+    """Predictor, optimiser and where they are saved."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, layers: Any, out: Path) -> None:
+        self.model, self.recipe, self.layers, self.out = model, recipe, layers, out
+        self._predictor: BoundaryPredictor | None = None
+        self._restored: dict[str, Any] | None = None
+
+    @property
+    def predictor(self) -> BoundaryPredictor:
+        """The predictor; made at the first call, when the width of the keys is known."""
+        if self._predictor is None:
+            raise ConfigError("No call reached a full-attention layer; choose other `layers`.")
+        return self._predictor
+
+    def _build(self, call: AttentionCall) -> None:
+        r = self.recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(r.seed)
+            made = BoundaryPredictor(
+                call.Hkv * call.k.shape[3], window=r.window, width=r.width, heads=r.heads, hidden=r.hidden
+            )
+        self._predictor = made.to(call.k.device)
+        self._optimizer = torch.optim.Adam(made.parameters(), lr=r.rate)
+        if self._restored is not None:
+            made.load_state_dict(self._restored["predictor"])
+            self._optimizer.load_state_dict(self._restored["optimizer"])
+
+    def step(self, ids: Tensor) -> None:
+        """One optimiser step on one text, the mean loss over all layers."""
+        calls = 0
+
+        def learn(call: AttentionCall) -> None:
+            nonlocal calls
+            calls += 1
+            loss = focal_loss(*self._logits_and_targets(call), self.recipe.gamma, self.recipe.positive_weight)
+            loss.backward()
+
+        self._each_call(ids, learn, train=True)
+        for p in self.predictor.parameters():
+            if p.grad is not None:
+                p.grad /= max(1, calls)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _logits_and_targets(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        wanted = targets(mass_ratio(call, self.recipe.window), self.recipe.beta).to(torch.float32)
+        return self.predictor.score(call.k.detach()), wanted
+
+    def _each_call(self, ids: Tensor, use: Callable[[AttentionCall], None], *, train: bool) -> None:
+        def seen(call: AttentionCall) -> None:
+            if self._predictor is None:
+                self._build(call)
+            with torch.enable_grad() if train else nullcontext():
+                use(call)
+
+        layer_calls(self.model, ids, seen, self.layers)
+
+    @torch.no_grad()
+    def validate(self, samples: list[Tensor]) -> Quality:
+        """Precision, recall and F1 over all layers of the texts kept aside."""
+        counts = torch.zeros(3, len(GRID), dtype=torch.float64)
+        total = 0
+
+        def count(call: AttentionCall) -> None:
+            nonlocal total
+            logits, wanted = (t.cpu() for t in self._logits_and_targets(call))
+            valid = ~wanted.isnan() & logits.isfinite()
+            x, y = logits[valid], wanted[valid] > 0.5
+            found = x[None] > GRID[:, None]
+            counts.add_(torch.stack([(found & y).sum(1), found.sum(1), y.sum().expand(len(GRID))]))
+            total += len(x)
+
+        for ids in samples:
+            self._each_call(ids, count, train=False)
+        hit, found, real = counts
+        precision, recall = hit / found.clamp_min(1), hit / real.clamp_min(1)
+        f1 = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
+        n = int(f1.argmax())
+        share = real / max(1, total)
+        return Quality(*(round(float(t[n]), 4) for t in (GRID, precision, recall, f1, share)))
+
+    def save(self, step: int, samples: int) -> None:
+        """Write what a resumed run needs."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        data = {
+            "step": step, "samples": samples, "recipe": vars(self.recipe), "layers": self.layers,
+            "predictor": self.predictor.state_dict(), "optimizer": self._optimizer.state_dict(),
+        }  # fmt: skip
+        temporary = self.out / (STATE_FILE + ".new")
+        torch.save(data, temporary)
+        temporary.replace(self.out / STATE_FILE)
+
+    def load(self, samples: int) -> int:
+        """Steps done by an interrupted run in this folder; 0 if there is none. Raises ConfigError if it differs."""
+        file = self.out / STATE_FILE
+        if not file.is_file():
+            return 0
+        data = torch.load(file, weights_only=True)
+        if (data["recipe"], data["samples"], data["layers"]) != (vars(self.recipe), samples, self.layers):
+            raise ConfigError(
+                f"{self.out} holds an unfinished run with other settings; use another folder or --fresh."
+            )
+        self._restored = data
+        return int(data["step"])
+
+
+def haystack_texts(source: str, count: int, tokens: int, tokenizer: Any, seed: int = 0) -> list[str]:
+    """Texts of nearly `tokens` tokens from `source` (grammar, prose, a file) with hidden facts and their questions."""
+    from ..evals.haystack import sentences
+    from ..evals.testbed.text import TASKS
+
+    def size(words: str) -> int:
+        return len(tokenizer(words).input_ids)
+
+    found = []
+    for n in range(count):
+        rng = random.Random(f"dhsa-{seed}-{n}")
+        kinds = rng.sample(sorted(set(TASKS) - {"fewshot"}), 3)
+        tasks = [TASKS[kind](rng) for kind in kinds]
+        turns = "\n".join(prompt + answer for task in tasks for prompt, answer in task.turns)
+        room = tokens - size(" ".join(fact for task in tasks for fact in task.facts)) - size(turns)
+        stream, body = sentences(source, rng), []
+        while room > 0:
+            body.append(next(stream))
+            room -= size(" " + body[-1])
+        body = body[:-1]
+        for task in tasks:
+            for at, fact in zip(sorted(rng.randint(0, len(body)) for _ in task.facts), task.facts, strict=True):
+                body.insert(at, fact)
+        found.append(" ".join(body) + "\n" + turns)
+    return found
+
+
+def dhsa(
+    model: Annotated[str, typer.Argument(help="Model folder, Hub id, or 'embedded'.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="Folder for the predictor; a patch config that can be loaded or pushed.")],
+    text: Annotated[
+        str, typer.Option(help="Text to learn from: grammar, prose, or the path of a text file.")
+    ] = "prose",
+    texts: Annotated[int, typer.Option(help="Texts to draw; a tenth is kept aside for validation.")] = 200,
+    length: Annotated[int, typer.Option(help="Tokens per text.")] = 2048,
+    epochs: Annotated[int, typer.Option(help="Passes over the texts.")] = 2,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    width: Annotated[int, typer.Option(help="Channels the keys are projected to; 0 for none, as in the paper.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0; the accelerator if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of texts, weights and order.")] = 42,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew instead of continuing a run in the folder.")
+    ] = False,
+) -> None:
+    """Train the boundary predictor of `dhsa` for a model; prints its F1 on texts kept aside."""
+    from ..cli_console import console, progress, quieten
+    from ..evals.models import load_model
+
+    quieten()
+    loaded = load_model(model, dtype, device)
+    recipe = Recipe(length=length, epochs=epochs, rate=rate, width=width or None, seed=seed)
+    drawn = haystack_texts(text, texts, length, loaded.tokenizer, seed)
+    steps = epochs * (texts - max(1, round(texts * recipe.validation)))
+    with progress("boundary predictor", steps) as advance:
+        quality = calibrate_dhsa(
+            loaded.model, loaded.tokenizer, drawn, out, recipe, resume=not fresh, advance=advance
+        )  # fmt: skip
+    console.print(f"validation: {quality}")
+    console.print(f"written to {out}; use it with --patch {out} or --patch dhsa:boundaries=predictor,predictor={out}")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register `dhsa` with the application behind `hfpatch calibrate`."""
+    app.command()(dhsa)

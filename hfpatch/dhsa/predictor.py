@@ -1,0 +1,122 @@
+"""The boundary predictor: one small network for all layers that reads the keys around a position."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+
+PREFIX = "predictor."
+EMBEDDED = Path(__file__).parent / "embedded"
+POSITIONS = 2048
+
+
+class BoundaryPredictor(nn.Module):
+    """Logit of a boundary before every token, from the w keys on each side of it.
+
+    The 2w keys (all KV heads side by side, `channels` = Hkv * D) go through one self-attention and a layer norm,
+    each side is averaged to l and r, and `[l, r, |l - r|, l * r, cos(l, r)]` through one hidden layer.
+    The paper's code attends in all `channels`, which for a model of 1024 costs as much as a quarter of dense
+    attention at 32k; with `width` keys are first projected to that many (None: as in that code). The number of heads
+    is saved with the weights, which do not show it. Keys before the first token are zeros there; here such
+    positions have no logit.
+    """
+
+    sizes: Tensor
+
+    def __init__(
+        self, channels: int, *, window: int = 4, width: int | None = 64, heads: int = 4, hidden: int = 256
+    ) -> None:
+        super().__init__()
+        inner = width or channels
+        if inner % heads:
+            raise ConfigError(f"A boundary predictor of width {inner} cannot have {heads} heads.")
+        self.channels, self.window, self.width, self.heads = channels, window, width, heads
+        self.reduce = nn.Linear(channels, inner, bias=False) if width else None
+        self.qkv = nn.Linear(inner, 3 * inner)
+        self.out = nn.Linear(inner, inner)
+        self.norm = nn.LayerNorm(inner)
+        self.mlp = nn.Sequential(nn.Linear(4 * inner + 1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.register_buffer("sizes", torch.tensor([channels, window, width or 0, heads, hidden]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[..., L - 2w + 1]` of keys `x [..., L, channels]`; entry n is a boundary before token n + w."""
+        w = self.window
+        count = x.shape[-2] - 2 * w + 1
+        if count < 1:
+            return x.new_zeros(*x.shape[:-2], 0)
+        x = self.qkv(x if self.reduce is None else self.reduce(x))
+        return torch.cat(
+            [self._some(x[..., n : n + POSITIONS + 2 * w - 1, :]) for n in range(0, count, POSITIONS)], -1
+        )
+
+    def _some(self, qkv: Tensor) -> Tensor:
+        w = self.window
+        tokens = qkv.unfold(-2, 2 * w, 1).transpose(-1, -2)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in tokens.chunk(3, -1))
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        seen = self.norm(self.out((weights @ v).transpose(-2, -3).flatten(-2)))
+        left, right = seen[..., :w, :].mean(-2), seen[..., w:, :].mean(-2)
+        cosine = F.cosine_similarity(left, right, dim=-1)[..., None]
+        return self.mlp(torch.cat([left, right, (left - right).abs(), left * right, cosine], -1))[..., 0]
+
+    def score(self, k: Tensor) -> Tensor:
+        """Logits `[B, L]` of keys `k [B, Hkv, L, D]`, -inf where a side has fewer than w tokens."""
+        channels = k.shape[1] * k.shape[3]
+        if channels != self.channels:
+            raise ConfigError(_mismatch(self.channels, k.shape[1], k.shape[3]))
+        weight = next(self.parameters())
+        if weight.device != k.device:
+            self.to(k.device)
+        logits = self(k.transpose(1, 2).flatten(2).to(weight.dtype)).float()
+        return F.pad(logits, (self.window, k.shape[2] - self.window - logits.shape[1]), value=-torch.inf)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError when the model's config states another KV width."""
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        heads = getattr(text, "num_key_value_heads", None) or 0
+        size = getattr(text, "head_dim", None) or 0
+        known = heads * size > 0 and getattr(text, "kv_lora_rank", None) is None
+        if known and heads * size != self.channels:
+            raise ConfigError(_mismatch(self.channels, heads, size))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and sizes, for a safetensors file."""
+        return {PREFIX + name: t for name, t in self.state_dict().items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "BoundaryPredictor | None":
+        """The predictor saved in `tensors`, or None if there is none."""
+        own = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+        if "sizes" not in own:
+            return None
+        channels, window, width, heads, hidden = own["sizes"].tolist()
+        made = cls(channels, window=window, width=width or None, heads=heads, hidden=hidden)
+        made.load_state_dict(own)
+        return made.eval().requires_grad_(False)
+
+
+def _mismatch(channels: int, heads: int, size: int) -> str:
+    return (
+        f"dhsa: the boundary predictor reads {channels} key channels, this model has {heads * size} "
+        f"({heads} KV heads of {size}); train one for it with `hfpatch calibrate dhsa`."
+    )
+
+
+def load_predictor(name_or_path: str | Path) -> BoundaryPredictor:
+    """The predictor in a patch folder or Hub repository, or the "embedded" model's own. Raises ConfigError."""
+    from ..patch_config import PatchConfig
+
+    if name_or_path == "embedded":
+        name_or_path = EMBEDDED
+    saved = PatchConfig.from_pretrained(name_or_path).tensors
+    found = BoundaryPredictor.of({name.split(".", 1)[1]: t for name, t in saved.items()})
+    if found is None:
+        raise ConfigError(f"{name_or_path} holds no boundary predictor; make one with `hfpatch calibrate dhsa`.")
+    return found
