@@ -20,9 +20,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: bad input gives one sentence and exit code 2."""
-    from . import cli_eval
+    from . import cli_calibrate, cli_eval
 
     cli_eval.add_commands(app)
+    cli_calibrate.add_commands(app)
     try:
         app()
     except (HfpatchError, OSError) as error:
