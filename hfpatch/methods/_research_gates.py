@@ -77,7 +77,7 @@ def load_gated_model(name_or_path: str, *, layout: str = "kv-groups", dtype: tor
     data.setdefault("attention_bias", bool(data.pop("qkv_bias", False)))
     config: Any = (Qwen3Config if normed else LlamaConfig)(**data)
     plain, patch = load_gates(_weights(folder), config, layout)
-    model: Any = (Qwen3ForCausalLM if normed else LlamaForCausalLM)(config).to(dtype)
+    model: Any = (Qwen3ForCausalLM if normed else LlamaForCausalLM)(config)
     missing, unexpected = model.load_state_dict(plain, strict=False)
     odd = [k for k in missing if not (k == "lm_head.weight" and config.tie_word_embeddings)] + [
         k for k in unexpected if not k.endswith("inv_freq")
@@ -85,7 +85,7 @@ def load_gated_model(name_or_path: str, *, layout: str = "kv-groups", dtype: tor
     if odd:
         raise ConfigError(f"gated: {name_or_path!r} does not fit {type(model).__name__}: {odd[0]}.")
     model.tie_weights()
-    return patch_model(model.eval(), patch)
+    return patch_model(model.to(dtype).eval(), patch)
 
 
 def _folder(name_or_path: str) -> Path:

@@ -120,14 +120,14 @@ class Gated(Method):
         return self._moved[key]
 
     def _new(self, call: AttentionCall, channels: int) -> dict[str, Tensor]:
-        s, like = self.settings, {"device": call.q.device, "dtype": torch.float32}
+        s, make = self.settings, call.q.new_full
         if s.form == "constant":
-            return {"constant": torch.ones(call.Hq, **like)}
+            return {"constant": make((call.Hq,), 1.0, dtype=torch.float32)}
         if call.hidden is None:
             raise UnsupportedModelError("gated: the attention module was called without hidden states.")
         rows = call.Hq * (channels if s.granularity == "elementwise" else 1)
-        gate = {"weight": torch.zeros(rows, call.hidden.shape[-1], **like)}
-        return gate if s.form == "double" else {**gate, "bias": torch.full((rows,), s.start_bias, **like)}
+        gate = {"weight": make((rows, call.hidden.shape[-1]), 0.0, dtype=torch.float32)}
+        return gate if s.form == "double" else {**gate, "bias": make((rows,), s.start_bias, dtype=torch.float32)}
 
 
 def saved_gates(name_or_path: str) -> dict[str, Tensor]:
