@@ -46,11 +46,15 @@ def novelty(k: Tensor, w: int = 4) -> Tensor:
     out = k.new_full((k.shape[0], k.shape[2]), -torch.inf, dtype=torch.float32)
     if k.shape[2] < 2 * w:
         return out
-    sums = window_sums(k, w)
-    left, right = sums[:, :, :-w], sums[:, :, w:]
-    norms = sums.square().sum((1, 3))
-    scale = (norms[:, :-w] * norms[:, w:]).clamp_min(1e-20).rsqrt()
-    out[:, w : w + left.shape[2]] = 1 - (left * right).sum((1, 3)) * scale
+    dot: Tensor | float = 0.0
+    norm: Tensor | float = 0.0
+    for head in k.unbind(1):
+        sums = window_sums(head, w)
+        dot = dot + (sums[:, :-w] * sums[:, w:]).sum(-1)
+        norm = norm + sums.square().sum(-1)
+    norm = torch.as_tensor(norm)
+    cosine = dot * (norm[:, :-w] * norm[:, w:]).clamp_min(1e-20).rsqrt()
+    out[:, w : w + cosine.shape[1]] = 1 - cosine
     return out
 
 

@@ -15,25 +15,35 @@ Finder = Callable[[int, int], Tensor]
 
 
 def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
-    """Float32 sums `[B, Hkv, C, D]` of the tokens `first ..` of `k [B, Hkv, Lk, D]` over chunks from `starts [B, C]`.
+    """Float32 sums `[B, Hkv, C, 2 D]` of k and of k squared over chunks that begin at `starts [B, C]`.
 
-    One pass over the keys for ragged rows: every row's chunks are bags of consecutive entries of one flat table.
+    Tokens `first ..` of `k [B, Hkv, Lk, D]`. One pass for ragged rows: their chunks are bags of consecutive entries
+    of one flat table, head by head to keep the copy in float32 small.
     """
-    k = k[:, :, first:]
-    b, h, n, d = k.shape
-    flat = k.permute(0, 2, 1, 3).reshape(b * n, h * d).float()
+    b, heads, _, d = k.shape
+    n = k.shape[2] - first
     row = torch.arange(b, device=k.device)[:, None] * n
-    every = torch.arange(b * n, device=k.device)
-    sums = F.embedding_bag(every, flat, (starts - first + row).flatten(), mode="sum")
-    return sums.view(b, -1, h, d).transpose(1, 2)
+    offsets, every = (starts - first + row).flatten(), torch.arange(b * n, device=k.device)
+    out = k.new_empty((b, heads, starts.shape[1], 2 * d), dtype=torch.float32)
+    for h in range(heads):
+        flat = k[:, h, first:].float().reshape(b * n, d)
+        for part, x in enumerate((flat, flat.square())):
+            sums = F.embedding_bag(every, x, offsets, mode="sum")
+            out[:, h, :, part * d : (part + 1) * d] = sums.view(b, -1, d)
+    return out
+
+
+def _spread(sums: Tensor, length: Tensor) -> Tensor:
+    mean, square = (sums / length).chunk(2, -1)
+    return torch.cat([mean, (square - mean.square()).clamp_min(0)], -1)
 
 
 @dataclass(eq=False)
 class ChunkTable:
     """Chunks of the rows' first `closed` tokens; tokens `closed .. seen` form one open chunk.
 
-    `starts [B, C]`; rows with fewer chunks are padded with empty ones. `sums [B, Hkv, C, D]` of the closed chunks'
-    keys and `open [B, Hkv, D]` of the open one's, in float32.
+    `starts [B, C]`; rows with fewer chunks are padded with empty ones. `sums [B, Hkv, C, 2 D]` of the closed chunks'
+    keys and their squares, and `open [B, Hkv, 2 D]` of the open one's, in float32.
     """
 
     starts: Tensor
@@ -41,7 +51,7 @@ class ChunkTable:
     open: Tensor
     closed: int = 0
     seen: int = 0
-    _scaled: Tensor | None = None
+    _means: Tensor | None = None
 
     @classmethod
     def empty(cls, k: Tensor) -> ChunkTable:
@@ -49,8 +59,8 @@ class ChunkTable:
         b, h, _, d = k.shape
         return cls(
             torch.zeros(b, 0, dtype=torch.long, device=k.device),
-            torch.zeros(b, h, 0, d, device=k.device),
-            torch.zeros(b, h, d, device=k.device),
+            torch.zeros(b, h, 0, 2 * d, device=k.device),
+            torch.zeros(b, h, 2 * d, device=k.device),
         )
 
     @property
@@ -59,13 +69,13 @@ class ChunkTable:
         starts = F.pad(self.starts, (0, 1), value=self.closed)
         return starts, F.pad(starts[:, 1:], (0, 1), value=self.seen)
 
-    def represent(self) -> Tensor:
-        """`sqrt(len) * mean(k)` of every chunk, `[B, Hkv, C + 1, D]`, the open one last; zeros for empty chunks."""
+    def statistics(self) -> Tensor:
+        """Mean and variance of the keys of every chunk, `[B, Hkv, C + 1, 2 D]`; zeros for empty chunks."""
         starts, ends = self.spans
-        root = (ends - starts).clamp_min(1).rsqrt()
-        if self._scaled is None:
-            self._scaled = self.sums * root[:, None, :-1, None]
-        return torch.cat([self._scaled, (self.open * root[:, -1:, None])[:, :, None]], 2)
+        length = (ends - starts).clamp_min(1)
+        if self._means is None:
+            self._means = _spread(self.sums, length[:, None, :-1, None])
+        return torch.cat([self._means, _spread(self.open[:, :, None], length[:, None, -1:, None])], 2)
 
     def close(self, k: Tensor, find: Finder) -> None:
         """Cut tokens `closed .. Lk` of `k [B, Hkv, Lk, D]` into chunks; `find(start, stop)` gives flags `[B, n]`."""
@@ -76,15 +86,17 @@ class ChunkTable:
             self.starts = torch.cat([self.starts, starts], 1)
         self.closed = self.seen = stop
         self.open = torch.zeros_like(self.open)
-        self._scaled = None
+        self._means = None
 
     def grow(self, k: Tensor) -> None:
         """Let the open chunk reach to the end of `k [B, Hkv, Lk, D]`; forgets open tokens the cache has dropped."""
         stop = k.shape[2]
         if self.seen == stop - 1:
-            self.open = self.open + k[:, :, -1]
+            last = k[:, :, -1].float()
+            self.open = self.open + torch.cat([last, last.square()], -1)
         else:
-            self.open = k[:, :, self.closed :].sum(2, dtype=torch.float32)
+            new = k[:, :, self.closed :].float()
+            self.open = torch.cat([new.sum(2), new.square().sum(2)], -1)
         self.seen = stop
 
     def reorder(self, index: Tensor) -> ChunkTable:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..dhsa import boundaries as cutting
-from ..dhsa.choose import Room, band_scores, centre, choose, pool_queries
+from ..dhsa.choose import Room, choose
 from ..dhsa.labels import mass_ratio
 from ..dhsa.predictor import BoundaryPredictor, load_predictor
+from ..dhsa.score import RULES, Chunks, pool_queries, score_chunks
 from ..dhsa.table import ChunkTable
 from ..errors import ConfigError
 from ..method import Method
@@ -33,14 +34,13 @@ class DhsaConfig(MethodConfig):
     local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
     block_q: int = option(128, "queries that share one list of tokens, their own tokens inside the budget", ge=1)
     boundaries: str = option("novelty", "where chunks begin", choices=("fixed", "novelty", "predictor", "oracle"))
-    chunk: int = option(16, "length of fixed chunks; of others the smallest mean length", ge=1)
+    chunk: int = option(10, "length of fixed chunks; of others the smallest mean length", ge=1)
     longest: int = option(64, "longer chunks are split; 0 leaves them whole", ge=0)
     window: int = option(4, "tokens compared on each side of a possible boundary", ge=1)
-    radius: int = option(8, "a boundary this close to a better one is dropped", ge=0)
+    radius: int = option(4, "a boundary this close to a better one is dropped", ge=0)
     threshold: float | None = option(None, "least boundary score (novelty 0..2, predictor logit, oracle ratio)")
     heads: str = option("group", "one selection per key-value group, or one for all heads", choices=("group", "all"))
-    bands: bool = option(False, "score fast and slow rotary channels apart (Prism), the better of the two counts")
-    center: bool = option(True, "score keys by what sets them apart from the mean of the earlier ones")
+    score: str = option("mass", "what chunks are ranked by; 'mean' is the paper's", choices=RULES)
     question_tokens: int = option(64, "last queries of a prefill call, which attend densely", ge=0)
     close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
     align: int = option(1, "boundaries and lists are rounded to blocks of this many tokens", ge=1)
@@ -92,8 +92,8 @@ class Dhsa(Method):
     stateful = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dhsa-paper": {
-            "boundaries": "predictor", "threshold": 1.1, "heads": "all", "center": False, "sink": 128, "local": 0,
-            "block_q": 128, "chunk": 8, "longest": 0, "close_after": 0, "question_tokens": 64,
+            "boundaries": "predictor", "threshold": 1.1, "heads": "all", "score": "mean", "sink": 128, "local": 0,
+            "block_q": 128, "chunk": 8, "radius": 8, "longest": 0, "close_after": 0, "question_tokens": 64,
         },
     }  # fmt: skip
 
@@ -101,7 +101,7 @@ class Dhsa(Method):
         super().__init__(config, tensors)
         self.settings = s = config
         self.acts_in = frozenset({"prefill", "decode"} if s.phase == "both" else {s.phase})
-        tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.block_q and not s.bands
+        tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.block_q and s.score != "bands"
         self.causality = "tile" if tiled else "no"
         self.predictor = BoundaryPredictor.of(tensors or {})
         self.watch: Callable[[AttentionCall, Selection | None], None] | None = None
@@ -167,21 +167,12 @@ class Dhsa(Method):
         sink = -(-s.sink // a)
         room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units)
         starts, ends = table.spans
-        q = pool_queries(call.q[:, :, dense:stop], call.Hkv, block)
-        score = self._scores(q, table.represent(), starts, ends, begin)
+        q = pool_queries(call.q[:, :, dense:stop], block)
+        score = score_chunks(q, Chunks(table.statistics(), starts, ends), s.score, begin, call.scale, s.heads == "all")
         lists = choose(score, starts // a, ends // a, room, block, a)
         parts = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
         return lists if len(parts) == 1 else Rows(parts)
-
-    def _scores(self, q: Tensor, chunks: Tensor, starts: Tensor, ends: Tensor, upto: Tensor) -> Tensor:
-        s = self.settings
-        if s.heads == "all":
-            q, chunks = q.mean(1, keepdim=True), chunks.mean(1, keepdim=True)
-        if s.bands:
-            return band_scores(q, chunks, ends, upto)
-        score = q @ chunks.mT
-        return centre(score, starts, ends, upto) if s.center else score
 
     def _table(self, call: AttentionCall) -> ChunkTable:
         """The chunk table brought up to date; built anew from the keys when it is gone or the cache was cut back."""

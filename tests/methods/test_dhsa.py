@@ -12,6 +12,7 @@ from torch import Tensor
 from hfpatch import ConfigError, get_method, patched
 from hfpatch.call import AttentionCall
 from hfpatch.dhsa import boundaries
+from hfpatch.dhsa.score import Chunks, score_chunks
 from hfpatch.dhsa.table import ChunkTable, chunk_sums
 from hfpatch.methods.dhsa import KEY, Dhsa
 from hfpatch.selection import Selection
@@ -51,28 +52,37 @@ def by_loops(m: Dhsa, c: AttentionCall, starts: Tensor, ends: Tensor) -> Tensor:
     for b in range(c.B):
         chunks = [(x, y) for x, y in zip(starts[b].tolist(), ends[b].tolist(), strict=True) if y > x]
         for h in range(c.Hkv):
-            mean = {(x, y): c.k[b, h, x:y].double().mean(0) for x, y in chunks}
+            keys = {(x, y): c.k[b, h, x:y].double() for x, y in chunks}
             for first in range(dense, stop, block):
                 last = min(first + block, stop)
-                listed = by_loops_list(m, c, mean, q[b, h, :, first:last].mean((0, 1)), first, last)
+                score = by_loops_score(m, keys, q[b, h, :, first:last].mean(1), c.off + first)
+                low, high = max(c.off + first - s.local, s.sink), c.off + last
+                listed = [*range(s.sink), *range(low, high)]
+                for x, y in sorted(score, key=lambda span: -score[span]):
+                    listed += list(range(max(x, s.sink), min(y, low)))[: s.budget - len(listed)]
+                assert len(listed) == len(set(listed)) == s.budget
                 seen = torch.zeros(c.Lk, dtype=torch.bool)
                 seen[listed] = True
                 keep[b, h, first:last] &= seen
     return keep
 
 
-def by_loops_list(m: Dhsa, c: AttentionCall, mean: dict, query: Tensor, first: int, last: int) -> list[int]:
-    s = m.settings
-    low, high = max(c.off + first - s.local, s.sink), c.off + last
-    past = [(y - x) * k for (x, y), k in mean.items() if y <= c.off + first]
-    common = sum(past) / max(1, sum(y - x for x, y in mean if y <= c.off + first)) if s.center and past else 0
-    score = {(x, y): float(query @ (k - common)) * math.sqrt(y - x) for (x, y), k in mean.items()}
-    listed = [*range(s.sink), *range(low, high)]
-    for x, y in sorted(score, key=lambda span: -score[span]):
-        fitting = [j for j in range(max(x, s.sink), min(y, low))]
-        listed += fitting[: s.budget - len(listed)]
-    assert len(listed) == len(set(listed)) == s.budget
-    return listed
+def by_loops_score(m: Dhsa, keys: dict, q: Tensor, upto: int) -> dict[tuple[int, int], float]:
+    """Score of every chunk for the queries `q [G, D]` of one group, which begin at token `upto`."""
+    past = [span for span in keys if span[1] <= upto]
+    mean = {span: k.mean(0) for span, k in keys.items()}
+    if m.settings.score == "mass":
+        total = dict.fromkeys(keys, 0.0)
+        for one in q:
+            logit = {
+                s: float(one @ mean[s] / 4 + (one / 4) ** 2 @ k.var(0, correction=0) / 2) for s, k in keys.items()
+            }
+            norm = sum((y - x) * math.exp(logit[x, y]) for x, y in past)
+            for span in keys:
+                total[span] += math.exp(logit[span]) / norm
+        return total
+    common = torch.cat([keys[span] for span in past]).mean(0) if m.settings.score == "centered" and past else 0
+    return {(x, y): float(q.mean(0) @ (mean[x, y] - common)) * math.sqrt(y - x) for x, y in keys}
 
 
 def mask(selection: Selection, c: AttentionCall) -> Tensor:
@@ -82,9 +92,9 @@ def mask(selection: Selection, c: AttentionCall) -> Tensor:
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("length", [63, 111, 257])
 @pytest.mark.parametrize("how", ["fixed", "novelty"])
-@pytest.mark.parametrize("center", [True, False])
-def test_mask_equals_plain_loops(heads: tuple[int, int], length: int, how: str, center: bool) -> None:
-    m, c = method(boundaries=how, center=center), call(length, length, heads)
+@pytest.mark.parametrize("score", ["mass", "mean", "centered"])
+def test_mask_equals_plain_loops(heads: tuple[int, int], length: int, how: str, score: str) -> None:
+    m, c = method(boundaries=how, score=score), call(length, length, heads)
     got = mask(m.select(c), c)
     want = by_loops(m, c, *c.state[KEY].spans)
     assert torch.equal(got, want.repeat_interleave(c.groups, dim=1))
@@ -113,7 +123,8 @@ def test_chunked_prefill_and_decode(how: str, question: int) -> None:
         table = c.state[KEY]
         starts, ends = table.spans
         assert (starts[:, 0] == 0).all() and (ends[:, -1] == lk).all() and torch.equal(starts[:, 1:], ends[:, :-1])
-        want_open = full[:, :, table.closed : lk].sum(2)
+        new = full[:, :, table.closed : lk]
+        want_open = torch.cat([new.sum(2), new.square().sum(2)], -1)
         torch.testing.assert_close(table.open, want_open, rtol=1e-4, atol=1e-5)
         want = by_loops(m, c, starts, ends).repeat_interleave(4, dim=1)
         assert torch.equal(want, torch.ones_like(want).tril(lk - lq) if got is None else mask(got, c)), (lq, lk)
@@ -140,7 +151,7 @@ def test_table_is_rebuilt_after_a_crop_or_a_loss() -> None:
     m.select(call(1, 82, states=states))
     again = call(1, 81, states=states)
     m.select(again)
-    torch.testing.assert_close(again.state[KEY].open, again.k[:, :, 79:].sum(2))
+    torch.testing.assert_close(again.state[KEY].open[..., :16], again.k[:, :, 79:].sum(2))
 
 
 def test_state_follows_beams() -> None:
@@ -150,7 +161,7 @@ def test_state_follows_beams() -> None:
     m.select(call(1, 61, states=states))
     table = c.state[KEY].reorder(torch.tensor([2, 2, 0]))
     assert torch.equal(table.starts, c.state[KEY].starts[[2, 2, 0]])
-    assert torch.equal(table.represent(), c.state[KEY].represent()[[2, 2, 0]])
+    assert torch.equal(table.statistics(), c.state[KEY].statistics()[[2, 2, 0]])
 
 
 @pytest.mark.parametrize("align", [4, 8])
@@ -202,9 +213,38 @@ def test_one_selection_for_all_heads() -> None:
     averaged = AttentionCall(
         0, 1, "prefill", c.q.mean(1, keepdim=True), c.k.mean(1, keepdim=True), c.v[:, :1], 0.25, rows=c.rows
     )
-    own = method(boundaries="fixed", heads="all")
+    own = method(boundaries="fixed", heads="all", score="mean")
     assert got.shape[1] == 1
     assert torch.equal(own.select(c).mask(c.layout), own.select(averaged).mask(averaged.layout))
+
+
+def test_mass_finds_one_strong_key_that_a_mean_hides() -> None:
+    """One key of sixteen stands out; its chunk's mean hardly moves, the variance of its keys does."""
+    g = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 1, 160, 16, generator=g)
+    k[:, :, 40] = 6.0
+    table = ChunkTable.empty(k)
+    table.close(k, lambda start, stop: boundaries.fixed(1, 0, 160, 16, k.device))
+    q, upto = torch.ones(1, 2, 1, 16), torch.tensor([160])
+    chunks = Chunks(table.statistics(), *table.spans)
+    mass = score_chunks(q, chunks, "mass", upto, 0.25)
+    assert int(mass.argmax()) == 2 and bool(mass.isfinite().all())
+
+
+def test_rotary_bands_rank_what_one_band_sees() -> None:
+    """A chunk that only the slow channels favour wins although the fast ones, washed out, add noise."""
+    g = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 1, 80, 32, generator=g) * 0.1
+    slow = [*range(12, 16), *range(28, 32)]
+    k[:, :, 24:32, slow] += 1
+    table = ChunkTable.empty(k)
+    table.close(k, lambda start, stop: boundaries.fixed(1, 0, 80, 8, k.device))
+    q = torch.zeros(1, 1, 1, 32)
+    q[..., slow] = 1
+    score = score_chunks(q, Chunks(table.statistics(), *table.spans), "bands", torch.tensor([80]), 0.25)
+    assert int(score.argmax()) == 3
+    early = score_chunks(q, Chunks(table.statistics(), *table.spans), "bands", torch.tensor([30]), 0.25)
+    assert (early[..., 3:] == 0).all()
 
 
 @pytest.mark.parametrize("share,span", [("boundaries", 0), ("selection", 0), ("selection", 2)])
@@ -291,7 +331,8 @@ def test_long_chunks_are_split_and_lists_are_ragged() -> None:
 
 def test_chunk_sums_of_ragged_rows() -> None:
     k, starts = torch.randn(2, 3, 50, 8), torch.tensor([[5, 9, 30], [5, 40, 50]])
-    got = chunk_sums(k, starts, 5)
+    got, squares = chunk_sums(k, starts, 5).chunk(2, -1)
+    torch.testing.assert_close(squares, chunk_sums(k.square(), starts, 5).chunk(2, -1)[0])
     want = torch.stack([
         torch.stack([k[0, :, 5:9].sum(1), k[0, :, 9:30].sum(1), k[0, :, 30:].sum(1)], 1),
         torch.stack([k[1, :, 5:40].sum(1), k[1, :, 40:].sum(1), torch.zeros(3, 8)], 1),
@@ -307,7 +348,7 @@ def test_representation_is_unbiased_under_length() -> None:
     lengths = [4] * 32 + [16] * 32 + [25, 375]
     flags[:, torch.tensor([0, *lengths]).cumsum(0)[:-1]] = True
     table.close(k, lambda start, stop: flags)
-    noise = table.represent()[:, 0, : len(lengths)].square().mean((0, 2)).sqrt()
+    noise = Chunks(table.statistics(), *table.spans).represent(False)[:, 0, :-1].square().mean((0, 2)).sqrt()
     assert abs(float(noise[:32].mean()) - 1) < 0.05 and abs(float(noise[32:64].mean()) - 1) < 0.05
     assert abs(float(noise[-1]) - 1) < 0.1
 
