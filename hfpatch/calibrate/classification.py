@@ -1,0 +1,152 @@
+"""Prompts with one right label each, and what a model answers to them in its next token."""
+
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+_LABEL = re.compile(r"Topic: (\w+)\.")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt that ends right before its answer; labels and answer start with the space, where there is one."""
+
+    prompt: str
+    labels: tuple[str, ...] = ()
+    answer: str | None = None
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Examples from JSON lines with `prompt` and, for supervised use, `answer` and `labels`. Raises ConfigError."""
+    path = Path(path)
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON lines ({type(error).__name__}).") from error
+    return make_examples(rows, str(path))
+
+
+def make_examples(rows: Iterable[dict[str, Any]], where: str) -> list[Example]:
+    """Examples from dicts; without `labels`, all answers of the data are the labels. Raises ConfigError."""
+    rows = list(rows)
+    if not rows or any(not isinstance(r.get("prompt"), str) for r in rows):
+        raise ConfigError(f"{where}: every line needs a 'prompt'.")
+    every = tuple(sorted({r["answer"] for r in rows if r.get("answer") is not None}))
+    return [Example(r["prompt"], tuple(r.get("labels") or every), r.get("answer")) for r in rows]
+
+
+def hub_examples(name: str, split: str, prompt: str, answer: str, names: Sequence[str] = ()) -> list[Example]:
+    """Examples from a Hub data set: `prompt` is a template over its fields, `answer` the field with the label.
+
+    `names` are the labels' texts by number, for fields that hold numbers. Needs the extra `eval`.
+    """
+    from datasets import load_dataset
+
+    rows = []
+    for row in load_dataset(name, split=split):
+        value = row[answer]
+        rows.append({"prompt": prompt.format(**row), "answer": names[value] if names else f" {value}"})
+    return make_examples(rows, name)
+
+
+def embedded_examples(count: int, shots: int = 6, seed: int = 0) -> list[Example]:
+    """Few-shot topic classification from the embedded model's own templates."""
+    from ..evals.testbed.text import fewshot
+
+    out = []
+    for n in range(count):
+        task = fewshot(random.Random(f"calibrate-{seed}-{n}"), shots)
+        question, answer = task.turns[0]
+        prompt = "".join(f" {part}" for part in (*task.facts, question))
+        labels = sorted({f" {label}" for label in _LABEL.findall(prompt)} | {answer.rstrip(".")})
+        out.append(Example(prompt, tuple(labels), answer.rstrip(".")))
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Next-token behaviour per example: greedy token, log-probabilities of all labels `[N, C]`, entropy `[N]`."""
+
+    token: Tensor
+    labels: Tensor
+    entropy: Tensor
+
+
+class Questions:
+    """Examples as tokens, in batches of equal length."""
+
+    def __init__(self, tokenizer: Any, examples: Sequence[Example], batch: int = 32) -> None:
+        self.examples = list(examples)
+        self.supervised = all(e.answer is not None and e.answer in e.labels for e in examples)
+        names = sorted({label for e in examples for label in e.labels})
+        self.names = names
+        self.first = torch.tensor([self._first(tokenizer, n) for n in names], dtype=torch.long)
+        if len(set(self.first.tolist())) < len(names):
+            raise ConfigError("Two labels begin with the same token; choose labels that differ in their first token.")
+        self.allowed = torch.tensor([[n in e.labels for n in names] for e in examples]).reshape(len(examples), -1)
+        right = [names.index(e.answer) if e.answer in names else -1 for e in examples]
+        self.right = torch.tensor(right, dtype=torch.long)
+        ids = [tokenizer(e.prompt)["input_ids"] for e in examples]
+        self.batches = _by_length(ids, batch)
+
+    @staticmethod
+    def _first(tokenizer: Any, label: str) -> int:
+        ids = tokenizer(label, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ConfigError(f"The label {label!r} has no token.")
+        return int(ids[0])
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @torch.inference_mode()
+    def ask(self, model: nn.Module) -> Answers:
+        """The model's next-token answers, as it is patched now."""
+        device = next(model.parameters()).device
+        n = len(self)
+        token, labels, entropy = torch.zeros(n, dtype=torch.long), torch.zeros(n, len(self.names)), torch.zeros(n)
+        for rows, ids in self.batches:
+            last = model(ids.to(device), use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
+            log = last.log_softmax(-1)
+            token[rows], labels[rows] = log.argmax(-1), log[:, self.first]
+            entropy[rows] = -(log.exp() * log).sum(-1)
+        return Answers(token, labels, entropy)
+
+    def right_now(self, a: Answers) -> Tensor:
+        """Bool `[N]`: the greedy token begins the right label."""
+        return a.token == self.first[self.right]
+
+    def valid(self, a: Answers) -> Tensor:
+        """Bool `[N]`: the greedy token begins one of the example's labels."""
+        return ((a.token[:, None] == self.first) & self.allowed).any(-1)
+
+    def right_among_labels(self, a: Answers, prior: Tensor | None = None) -> Tensor:
+        """Bool `[N]`: the right label is the likeliest of the labels, each less its log-prior `[C]` if given."""
+        score = a.labels if prior is None else a.labels - prior
+        return score.masked_fill(~self.allowed, -torch.inf).argmax(-1) == self.right
+
+    def prior(self, a: Answers, rows: Tensor) -> Tensor:
+        """Mean log-probability `[C]` of every label over the examples `rows` that allow it, answers unseen."""
+        allowed = self.allowed[rows].float()
+        return (a.labels[rows] * allowed).sum(0) / allowed.sum(0).clamp(min=1)
+
+    def log_likelihood(self, a: Answers) -> Tensor:
+        """Log-probability `[N]` of the right label's first token."""
+        return a.labels.gather(-1, self.right.clamp(min=0)[:, None])[:, 0]
+
+
+def _by_length(ids: list[list[int]], batch: int) -> list[tuple[Tensor, Tensor]]:
+    by_length: dict[int, list[int]] = {}
+    for n, x in enumerate(ids):
+        by_length.setdefault(len(x), []).append(n)
+    chunks = [rows[a : a + batch] for rows in by_length.values() for a in range(0, len(rows), batch)]
+    return [(torch.tensor(rows), torch.tensor([ids[n] for n in rows])) for rows in chunks]

@@ -1,0 +1,279 @@
+"""Searches the heads and the factor of `zerotuning` for a model and a classification task."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from torch import Tensor, nn
+
+from ..api import patched
+from ..errors import ConfigError
+from ..methods._model import query_heads
+from ..methods.zerotuning import ZeroTuningConfig
+from ..patch_config import PatchConfig
+from ..version import __version__
+from .classification import Answers, Example, Questions, embedded_examples, hub_examples, read_examples
+from .intervals import paired, wilson
+
+SWEEP_FILE = "calibration.json"
+OBJECTIVES = ("accuracy", "entropy")
+Setting = tuple[float, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search. Probes and grid as in the paper's demonstration; the paper keeps the top 40 % of heads."""
+
+    up: float = 2.0
+    down: float = 0.5
+    top: float = 0.4
+    gammas: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
+    held_out: float = 0.5
+    seeds: tuple[int, ...] = (0, 1, 2)
+    random_draws: int = 3
+    layers: int | str | list[int] | None = None
+
+
+@dataclass
+class Outcome:
+    """What one objective chose on one split, and the held-out measures of it and its controls."""
+
+    objective: str
+    seed: int
+    direction: str
+    heads: list[int]
+    gamma: float
+    profile: list[dict[str, Any]]
+    grid: list[dict[str, Any]]
+    held_out: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Calibration:
+    """All outcomes of a calibration, and every setting that was tried on the whole data."""
+
+    search: Search
+    examples: int
+    outcomes: list[Outcome]
+    sweep: list[dict[str, Any]]
+    model: str | None
+
+    def chosen(self, objective: str) -> Outcome:
+        """The outcome of the first seed."""
+        return next(o for o in self.outcomes if o.objective == objective)
+
+    def config(self, objective: str) -> PatchConfig:
+        """The patch an objective chose on the first split."""
+        o = self.chosen(objective)
+        setting = ZeroTuningConfig(gamma=o.gamma, heads=o.heads or None, layers=self.search.layers)
+        return PatchConfig([setting], self.model)
+
+    def save(self, out: str | Path) -> None:
+        """Write the full sweep to `out`, and a loadable patch per objective to a folder of its name."""
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        versions = {"hfpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        (out / SWEEP_FILE).write_text(json.dumps({"versions": versions, **asdict(self)}, indent=1) + "\n")
+        for objective in dict.fromkeys(o.objective for o in self.outcomes):
+            self.config(objective).save_pretrained(out / objective)
+
+
+class _Runs:
+    """The model's answers to all questions under each setting, asked once."""
+
+    def __init__(self, model: nn.Module, questions: Questions, search: Search, advance: Callable[[], None]) -> None:
+        self.model, self.questions, self.search, self.advance = model, questions, search, advance
+        self.done: dict[Setting, Answers] = {}
+
+    def __call__(self, gamma: float = 1.0, heads: Sequence[int] = ()) -> Answers:
+        key: Setting = (1.0, ()) if gamma == 1 or not heads else (gamma, tuple(sorted(heads)))
+        if key not in self.done:
+            if key[1]:
+                config = ZeroTuningConfig(gamma=gamma, heads=list(key[1]), layers=self.search.layers)
+                with patched(self.model, config):
+                    self.done[key] = self.questions.ask(self.model)
+            else:
+                self.done[key] = self.questions.ask(self.model)
+            self.advance()
+        return self.done[key]
+
+
+def calibrate_zerotuning(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    search: Search | None = None,
+    *,
+    batch: int = 32,
+    advance: Callable[[], None] | None = None,
+) -> Calibration:
+    """Profile every query head, keep the best of the dominant kind, and search one factor for them.
+
+    ZeroTuning, arXiv 2505.11739. Supervised by accuracy where the examples carry answers, and unsupervised by mean
+    next-token entropy. Each seed splits the examples into a part to search on and a held-out part to report on; the
+    paper has one seed, and its unsupervised mode looks at the test inputs. Ties in accuracy, which the paper leaves
+    open, go by the right label's log-probability. Raises ConfigError.
+    """
+    s = search or Search()
+    questions = Questions(tokenizer, examples, batch)
+    heads = query_heads(model)
+    if heads is None:
+        raise ConfigError("The model's config does not tell its number of query heads.")
+    if len(questions) < 8:
+        raise ConfigError(f"{len(questions)} examples are too few to search and to test on; give at least 8.")
+    runs = _Runs(model, questions, s, advance or (lambda: None))
+    outcomes = []
+    for objective in OBJECTIVES if questions.supervised else OBJECTIVES[1:]:
+        for seed in s.seeds:
+            rows = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
+            kept = max(4, round(len(questions) * s.held_out))
+            outcome = _search(runs, objective, seed, rows[kept:], heads)
+            outcome.held_out = _report(runs, outcome, rows[:kept], rows[kept:], heads)
+            outcomes.append(outcome)
+    everything = torch.arange(len(questions))
+    sweep = [{"gamma": g, "heads": list(h), **measures(questions, a, everything)} for (g, h), a in runs.done.items()]
+    name = getattr(getattr(model, "config", None), "name_or_path", None) or None
+    return Calibration(s, len(questions), outcomes, sweep, name)
+
+
+def measures(q: Questions, a: Answers, rows: Tensor) -> dict[str, float]:
+    """Accuracy, share of invalid answers, accuracy among valid ones and among labels only, entropy."""
+    found = {"entropy": float(a.entropy[rows].mean())}
+    if not q.supervised:
+        return found
+    right, valid = q.right_now(a)[rows].float(), q.valid(a)[rows].float()
+    return {
+        "accuracy": float(right.mean()),
+        "invalid": float(1 - valid.mean()),
+        "accuracy_of_valid": float((right * valid).sum() / valid.sum()) if valid.any() else math.nan,
+        "accuracy_among_labels": float(q.right_among_labels(a)[rows].float().mean()),
+        "log_likelihood": float(q.log_likelihood(a)[rows].mean()),
+        **found,
+    }
+
+
+def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[float, ...]:
+    found = measures(q, a, rows)
+    return (found["accuracy"], found["log_likelihood"]) if objective == "accuracy" else (-found["entropy"],)
+
+
+def _search(runs: _Runs, objective: str, seed: int, rows: Tensor, heads: int) -> Outcome:
+    s, q = runs.search, runs.questions
+
+    def score(gamma: float = 1.0, some: Sequence[int] = ()) -> tuple[float, ...]:
+        return _score(q, runs(gamma, some), rows, objective)
+
+    base = score()
+    probes = {"up": s.up, "down": s.down}
+    gains = {
+        kind: [tuple(x - b for x, b in zip(score(g, [h]), base, strict=True)) for h in range(heads)]
+        for kind, g in probes.items()
+    }
+    profile = [{"head": h, "up": list(gains["up"][h]), "down": list(gains["down"][h])} for h in range(heads)]
+    nothing = tuple(0.0 for _ in base)
+    effective = {kind: [h for h in range(heads) if gains[kind][h] > nothing] for kind in probes}
+    kind = max(probes, key=lambda k: (len(effective[k]), [sum(gains[k][h][0] for h in effective[k])]))
+    if not effective[kind]:
+        return Outcome(objective, seed, "none", [], 1.0, profile, [])
+    ranked = sorted(effective[kind], key=lambda h: gains[kind][h], reverse=True)
+    chosen = sorted(ranked[: math.ceil(s.top * len(ranked))])
+    grid = [g for g in s.gammas if g == 1 or (g > 1) == (kind == "up")]
+    scores = {g: score(g, chosen) for g in dict.fromkeys([1.0, *grid])}
+    best = max(scores, key=lambda g: (scores[g], -abs(math.log(g))))
+    tried = [{"gamma": g, **measures(q, runs(g, chosen), rows)} for g in scores]
+    return Outcome(objective, seed, kind, chosen if best != 1 else [], best, profile, tried)
+
+
+def _report(runs: _Runs, o: Outcome, rows: Tensor, searched: Tensor, heads: int) -> dict[str, Any]:
+    """Held-out measures before and after, the paired differences, and the controls."""
+    q, before, after = runs.questions, runs(), runs(o.gamma, o.heads)
+    out: dict[str, Any] = {"n": len(rows), "before": measures(q, before, rows), "after": measures(q, after, rows)}
+    change = paired(after.entropy[rows], before.entropy[rows])
+    out["entropy_change"] = change
+    if not q.supervised:
+        return out
+    for name, a in (("before", before), ("after", after)):
+        out[name]["interval"] = wilson(q.right_now(a)[rows])
+        corrected = q.right_among_labels(a, q.prior(a, searched))[rows]
+        out[name]["prior_corrected"] = float(corrected.float().mean())
+        out[name]["prior_corrected_interval"] = wilson(corrected)
+    out["accuracy_change"] = paired(q.right_now(after)[rows], q.right_now(before)[rows])
+    drawn = [
+        random.Random(f"{o.seed}-{n}").sample(range(heads), len(o.heads)) for n in range(runs.search.random_draws)
+    ]
+    if o.heads:
+        out["random_heads"] = [{"heads": sorted(d), **measures(q, runs(o.gamma, d), rows)} for d in drawn]
+    return out
+
+
+def summary(c: Calibration) -> list[str]:
+    """One line per objective and seed, for people."""
+    lines = []
+    for o in c.outcomes:
+        h = o.held_out
+        what = f"gamma {o.gamma:g} on heads {o.heads}" if o.heads else "no head helps: gamma 1"
+        line = f"{o.objective}, split {o.seed}: {what}; "
+        if "accuracy_change" in h:
+            b, a, (mean, low, high) = h["before"], h["after"], h["accuracy_change"]
+            line += (
+                f"held-out accuracy {b['accuracy']:.3f} -> {a['accuracy']:.3f} ({mean:+.3f}, 95 % {low:+.3f} to "
+                f"{high:+.3f}), invalid answers {b['invalid']:.3f} -> {a['invalid']:.3f}; prior-corrected control "
+                f"{b['prior_corrected']:.3f} -> {a['prior_corrected']:.3f}"
+            )
+        else:
+            mean, low, high = h["entropy_change"]
+            line += f"held-out entropy {h['before']['entropy']:.3f} ({mean:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
+        lines.append(line)
+    return lines
+
+
+def zerotuning(
+    model: Annotated[str, typer.Argument(help="Model folder, Hub id, or 'embedded'.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="Folder for the sweep and one loadable patch per objective.")],
+    data: Annotated[
+        str, typer.Option(help="JSON lines with prompt, answer and labels; a Hub data set; or 'embedded'.")
+    ] = "embedded",
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    prompt: Annotated[str, typer.Option(help="Prompt template over a Hub data set's fields.")] = "{text}",
+    answer: Annotated[str, typer.Option(help="Field of a Hub data set with the label.")] = "label",
+    names: Annotated[str, typer.Option(help="Label texts by number, separated by commas.")] = "",
+    examples: Annotated[int, typer.Option(help="Examples to use; half are held out.")] = 400,
+    shots: Annotated[int, typer.Option(help="Labelled texts per prompt of the embedded task.")] = 6,
+    layers: Annotated[str | None, typer.Option(help="Decoder layers to tune; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(help="Splits to repeat the search on.")] = 3,
+    batch: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 32,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0; the accelerator if there is one.")] = None,
+) -> None:
+    """Find heads and factor of `zerotuning`, by accuracy and by entropy; prints held-out results and controls."""
+    from ..cli_console import console, progress, quieten
+    from ..evals.models import load_model
+
+    quieten()
+    loaded = load_model(model, dtype, device)
+    if data == "embedded":
+        found = embedded_examples(examples, shots)
+    elif Path(data).suffix in (".jsonl", ".json"):
+        found = read_examples(data)[:examples]
+    else:
+        labels = [f" {n.strip()}" for n in names.split(",")] if names else []
+        found = hub_examples(data, f"{split}[:{examples}]", prompt, answer, labels)
+    search = Search(seeds=tuple(range(seeds)), layers=layers)
+    with progress("settings", 2 * (query_heads(loaded.model) or 0) + 1) as advance:
+        result = calibrate_zerotuning(loaded.model, loaded.tokenizer, found, search, batch=batch, advance=advance)
+    result.save(out)
+    for line in summary(result):
+        console.print(line, markup=False)
+    console.print(f"written to {out}; use it with --patch {out}/accuracy", markup=False)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register `zerotuning` with the application behind `hfpatch calibrate`."""
+    app.command()(zerotuning)
