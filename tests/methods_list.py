@@ -44,7 +44,7 @@ METHODS = [
     ),
     MethodCase(
         "block_topk",
-        {"min_length": 0, "block_q": 8, "block_k": 8, "mass": 0.6, "window": 1, "bands": True, "share": "head"},
+        {"min_length": 0, "block_q": 8, "block_k": 8, "mass": 0.6, "window": 1, "bands": True},
         {"mass": 1.0},
         "tile",
         label="prism",
@@ -66,4 +66,22 @@ METHODS = [
     MethodCase("zerotuning", {"gamma": 3.0}, {"gamma": 1.0}),
     MethodCase("head_scale", {"heads": [[1, 0], [1, 3]], "factor": 0.3}, {"factor": 1.0}),
     MethodCase("act", {"beta": 0.3, "threshold": 0.04}, {"beta": 1.0}, "no"),
+    MethodCase(
+        "vertical_slash",
+        {"min_length": 0, "block_q": 8, "block_k": 4, "vertical": 8, "slash": 12, "sink": 2, "local": 4},
+        {"vertical": 1.0},
+        "tile",
+    ),
+    MethodCase(
+        "xattention",
+        {"min_length": 0, "stride": 4, "block_q": 8, "block_k": 8, "mass": 0.6},
+        {"mass": 1.0},
+        "tile",
+    ),
+    MethodCase(
+        "skip_softmax",
+        {"min_length": 0, "block_q": 8, "block_k": 8, "prefill": 0.3, "decode": 0.3, "share": "group"},
+        {"prefill": 0.0, "decode": 0.0},
+        "tile",
+    ),
 ]

@@ -212,3 +212,103 @@ def check_executors(method: Method, call: AttentionCall) -> None:
         assert (got - want).abs().max() <= 2e-5 * want.abs().max(), name
     if selection is not None:
         assert int(selection.attended(at)) == int(keep.sum())
+
+
+def vertical_slash(
+    call: AttentionCall,
+    budgets: list[tuple[int, int]],
+    estimate: int,
+    sink: int,
+    local: int,
+    block_q: int,
+    block_k: int,
+    share: str,
+) -> Tensor:
+    """Bands of block_k columns and diagonals by the last queries' attention; every block a kept line crosses."""
+    n = -(-call.Lk // block_k)
+    lines: dict[tuple[int, int], tuple[set[int], set[int]]] = {}
+    for b in range(call.B):
+        for c, heads in enumerate(heads_of(call, share)):
+            vertical, slash = dict.fromkeys(range(n), 0.0), dict.fromkeys(range(n), 0.0)
+            for h in heads:
+                for i in range(max(0, call.Lq - estimate), call.Lq):
+                    at = call.off + i
+                    p = (call.scale * call.k[b, kv(call, h), : at + 1] @ call.q[b, h, i]).softmax(0).tolist()
+                    for j, w in enumerate(p):
+                        vertical[j // block_k] += w
+                        slash[(at - j) // block_k] += w
+            kept = []
+            for score, budget, first in ((vertical, budgets[c][0], sink), (slash, budgets[c][1], local)):
+                always = set(range(math.ceil(first / block_k)))
+                rest = {m: x for m, x in score.items() if m not in always}
+                kept.append(always | best(rest, math.ceil(budget / block_k) - len(always)))
+            lines[b, heads[0]] = (kept[0], kept[1])
+
+    def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
+        vertical, slash = lines[b, heads[0]]
+        out = set(vertical)
+        for m, keys in enumerate(blocks):
+            offsets = {(call.off + i - j) // block_k for i in tile for j in keys if j <= call.off + i}
+            if offsets & slash:
+                out.add(m)
+        return {m for m in out if m < len(blocks)}
+
+    return mask_of(call, choose, share, block_q, block_k)
+
+
+def xattention(
+    call: AttentionCall, mass: float, stride: int, block_q: int, block_k: int, sink: int, window: int, share: str
+) -> Tensor:
+    """Cells score with the sum of their antidiagonal over stride; softmax over cells; smallest set with `mass`."""
+
+    def cells(b: int, h: int, tile: list[int]) -> Any:
+        for a in range(tile[0], tile[-1] + 1, stride):
+            rows = [i for i in range(a, a + stride) if i < call.Lq]
+            logits = []
+            for c in range(0, call.off + rows[-1] + 1, stride):
+                total = 0.0
+                for r in range(stride):
+                    i, j = a + stride - 1 - r, c + r
+                    if i < call.Lq and j < call.Lk:
+                        total += float(call.q[b, h, i] @ call.k[b, kv(call, h), j])
+                logits.append(call.scale * total / stride)
+            yield torch.tensor(logits).softmax(0).tolist()
+
+    def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
+        score = dict.fromkeys(range(len(blocks)), 0.0)
+        for h in heads:
+            for row in cells(b, h, tile):
+                for c, w in enumerate(row):
+                    score[c * stride // block_k] += w
+        out, total = set(), 0.0
+        for m in sorted(score, key=lambda m: -score[m]):
+            if total < mass * sum(score.values()):
+                out.add(m)
+            total += score[m]
+        return out | forced(call, tile, blocks, sink, window)
+
+    return mask_of(call, choose, share, block_q, block_k)
+
+
+def skip_softmax(call: AttentionCall, threshold: float, block_q: int, block_k: int, share: str) -> Tensor:
+    """A tile stays when some row has its maximum above the running maximum plus ln lambda."""
+
+    def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
+        out = set()
+        for h in heads:
+            for i in tile:
+                running = -math.inf
+                for m, keys in enumerate(blocks):
+                    seen = [j for j in keys if j <= call.off + i]
+                    if not seen:
+                        break
+                    logits = call.scale * call.k[b, kv(call, h), seen] @ call.q[b, h, i]
+                    if call.softcap is not None:
+                        logits = call.softcap * torch.tanh(logits / call.softcap)
+                    top = float(logits.max())
+                    running = max(running, top)
+                    if top - running > math.log(threshold):
+                        out.add(m)
+        return out
+
+    return mask_of(call, choose, share, block_q, block_k)

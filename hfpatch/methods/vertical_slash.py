@@ -1,0 +1,168 @@
+"""Vertical-slash prefill: the columns and diagonals that the last queries attend to."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..blocks import SHARES, Grid, check_budget, choosers, kept_blocks, pad_to, tokens_of
+from ..call import AttentionCall
+from ..config import MethodConfig, option
+from ..errors import ConfigError
+from ..method import Method
+from ..registry import register_method
+from ..selection import Selection
+
+
+@dataclass(kw_only=True)
+class VerticalSlashConfig(MethodConfig):
+    """Settings of `vertical_slash`; budgets in tokens or as a share of the prompt."""
+
+    method: ClassVar[str] = "vertical_slash"
+    vertical: int | float = option(0.05, "columns kept, the first ones included", gt=0)
+    slash: int | float = option(0.1, "diagonals kept, the nearest ones included", gt=0)
+    head_config: str | None = option(None, "JSON file with (vertical, slash) tokens per layer and query head")
+    estimate: int = option(64, "last queries whose attention is looked at", ge=1)
+    sink: int = option(30, "first columns, always kept", ge=0)
+    local: int = option(100, "nearest diagonals, always kept", ge=1)
+    block_q: int = option(64, "queries per tile", ge=1)
+    block_k: int = option(64, "neighbouring columns and diagonals chosen together; 1 chooses single ones", ge=1)
+    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
+
+    def validate(self) -> None:
+        for name in ("vertical", "slash"):
+            if wrong := check_budget(f"vertical_slash: {name}", getattr(self, name)):
+                raise ConfigError(wrong)
+
+
+@register_method
+class VerticalSlash(Method):
+    """Attention of the last queries, summed down columns and along diagonals, says which of both to keep.
+
+    MInference, arXiv 2407.02490; its published per-head budgets load with `head_config`, its fallback is the preset
+    "minference". A tile attends to every key block that a kept line crosses, as in the paper's kernel; block_k = 1
+    and block_q = 1 give the formula token by token. Larger blocks choose bands of block_k columns or diagonals by
+    their sums, where the paper chooses single ones and its kernel rounds the diagonals up. Heads that share a
+    choice add their attention up and take the largest budget among them.
+    """
+
+    config_class = VerticalSlashConfig
+    summary = "columns and diagonals seen by the last queries"
+    paper = "https://arxiv.org/abs/2407.02490"
+    acts_in = frozenset({"prefill"})
+    causality = "tile"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "minference": {"vertical": 1000, "slash": 6096, "share": "head"},
+    }
+
+    def __init__(self, config: VerticalSlashConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self.settings = config
+        self.per_head = (tensors or {}).get("per_head")
+        if self.per_head is None and config.head_config is not None:
+            self.per_head = read_head_config(config.head_config)
+
+    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        config: Any = getattr(model, "config", None)
+        heads = getattr(config.get_text_config(), "num_attention_heads", None) if config is not None else None
+        if self.per_head is None:
+            return
+        if max(layers, default=0) >= len(self.per_head) or heads not in (None, self.per_head.shape[1]):
+            raise ConfigError(
+                f"vertical_slash: head_config holds {len(self.per_head)} layers of {self.per_head.shape[1]} heads; "
+                f"the model has {heads} heads and is patched up to layer {max(layers, default=0)}."
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.per_head is None else {"per_head": self.per_head}
+
+    def notes(self) -> list[str]:
+        return [f"vertical_slash: calls with fewer than {self.settings.min_length} keys run dense (min_length)"]
+
+    @torch.no_grad()
+    def select(self, call: AttentionCall) -> Selection | None:
+        s = self.settings
+        if call.Lk < s.min_length:
+            return None
+        grid, heads = Grid(call.layout, s.block_q, s.block_k), choosers(call.layout, s.share)
+        columns, diagonals = (
+            pad_to(x.unflatten(1, (heads, -1)).sum(2), s.block_k, -1).unflatten(-1, (-1, s.block_k)).sum(-1)
+            for x in line_sums(call, min(s.estimate, call.Lq))
+        )
+        vertical, slash = self.budgets(call, heads)
+        vertical_kept = best_lines(columns, -(-vertical // s.block_k), -(-s.sink // s.block_k))
+        slash_kept = best_lines(diagonals, -(-slash // s.block_k), -(-s.local // s.block_k))
+        return kept_blocks(grid, vertical_kept[:, :, None] | crossed(slash_kept, grid))
+
+    def budgets(self, call: AttentionCall, heads: int) -> tuple[Tensor, Tensor]:
+        """Columns and diagonals per chooser, `[heads, 1]`, in tokens."""
+        if self.per_head is not None:
+            own = self.per_head[call.layer].to(call.q.device).unflatten(0, (heads, -1)).amax(1)
+            return own[:, :1], own[:, 1:]
+        both = (tokens_of(x, call.Lk) for x in (self.settings.vertical, self.settings.slash))
+        vertical, slash = (torch.full((heads, 1), n, device=call.q.device) for n in both)
+        return vertical, slash
+
+
+def line_sums(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
+    """Attention weights of the `last` queries summed per column and per diagonal i - j, both `[B, Hq, Lk]`."""
+    future = torch.ones(last, last, dtype=torch.bool, device=call.q.device).triu(1).flip(-1)
+    columns, diagonals = [], []
+    for h in range(call.Hkv):
+        q = call.q[:, h * call.groups : (h + 1) * call.groups, call.Lq - last :].float() * call.scale
+        logits = q @ call.k[:, h : h + 1].flip(2).float().mT
+        if call.softcap is not None:
+            logits = torch.tanh(logits / call.softcap) * call.softcap
+        logits[..., :last].masked_fill_(future, -torch.inf)
+        weights = logits.softmax(-1)
+        columns.append(weights.sum(2).flip(-1))
+        diagonals.append(diagonal_sums(weights))
+    return torch.cat(columns, 1), torch.cat(diagonals, 1)
+
+
+def diagonal_sums(weights: Tensor) -> Tensor:
+    """Sums `[B, G, Lk]` over i - j of `weights [B, G, R, Lk]` whose columns run from the last key to the first.
+
+    Row r begins R - 1 - r entries early in a view with rows of Lk - 1; what it reads past its end are weights of
+    the next row's future keys, which are 0.
+    """
+    rows, n = weights.shape[2:]
+    strides = (*weights.stride()[:2], n - 1, 1)
+    skewed = weights.as_strided((*weights.shape[:3], n - 1), strides, weights.storage_offset() + rows - 1)
+    return torch.cat([skewed.sum(2), weights[:, :, -1, -1:]], -1)
+
+
+def best_lines(score: Tensor, budget: Tensor, forced: int) -> Tensor:
+    """Bool like `score [B, H, n]`: the first `forced` ones and the best, `budget [H, 1]` in all."""
+    score[..., :forced] = torch.inf
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (rank < budget) | score.isinf()
+
+
+def crossed(bands: Tensor, grid: Grid) -> Tensor:
+    """Bool `[B, H, nQ, nK]`: a diagonal of the kept `bands [B, H, nK]` of width block_k crosses tile and block."""
+    start = grid.blocks * grid.block_k
+    stop = (start + grid.block_k).clamp(max=grid.at.Lk) - 1
+    low = ((grid.first[:, None] - stop) // grid.block_k).clamp(min=0)
+    high = ((grid.last[:, None] - start) // grid.block_k + 1).clamp(min=0)
+    before = pad(bands.int().cumsum(-1), [1, 0])
+    return before[..., high] > before[..., low.minimum(high)]
+
+
+def read_head_config(path: str) -> Tensor:
+    """Budgets `[layers, Hq, 2]` of a JSON list over layers of {head: [kind, vertical, slash, ...]}."""
+    try:
+        layers = json.loads(Path(path).read_text())
+        rows = [[layer[str(h)] for h in range(len(layer))] for layer in layers]
+        kinds = {row[0] for layer in rows for row in layer}
+        if kinds - {"vertical_and_slash"}:
+            raise ConfigError(f"vertical_slash: {path} asks for {sorted(kinds)}; only vertical_and_slash is known.")
+        return torch.tensor([[[int(row[1]), int(row[2])] for row in layer] for layer in rows])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+        raise ConfigError(f"vertical_slash: head_config={path!r} cannot be read ({type(e).__name__}: {e}).") from e

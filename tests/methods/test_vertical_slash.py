@@ -1,0 +1,73 @@
+"""`vertical_slash` against its plain-loop definition, and the published per-head budgets."""
+
+import json
+
+import pytest
+import torch
+import zoo
+from oracles import SHAPES, check_executors, chosen_mask, make_call, make_method, vertical_slash
+
+from hfpatch import PatchConfig, patched
+from hfpatch.errors import ConfigError
+
+OWN = dict(estimate=16, sink=3, local=6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", ["group", "head", "all"])
+@pytest.mark.parametrize("sizes", [(1, 1), (8, 1), (16, 8), (8, 16)], ids=str)
+def test_equals_the_formula(shape, share, sizes):
+    call = make_call(SHAPES[shape], dv=24)
+    own = dict(OWN, block_q=sizes[0], block_k=sizes[1], share=share)
+    method = make_method("vertical_slash", min_length=0, vertical=12, slash=20, **own)
+    assert torch.equal(chosen_mask(method, call), vertical_slash(call, [(12, 20)] * call.Hq, **own))
+    if sizes != (1, 1):
+        check_executors(method, call)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keep_all_is_dense(shape):
+    call = make_call(SHAPES[shape])
+    keep = chosen_mask(make_method("vertical_slash", min_length=0, block_q=16, block_k=8, vertical=1.0), call)
+    want = torch.ones(call.Lq, call.Lk, dtype=torch.bool).tril(call.off)
+    assert torch.equal(keep, want.expand_as(keep))
+
+
+def head_file(path, layers=8, heads=8, kind="vertical_and_slash"):
+    rows = [{str(h): [kind, 8 + 4 * h, 12 + layer, 0.5] for h in range(heads)} for layer in range(layers)]
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def test_head_config(tmp_path):
+    call = make_call(SHAPES["L111-gqa4"])
+    path = head_file(tmp_path / "heads.json")
+    for share, heads in (("head", range(8)), ("group", (3, 7))):
+        own = dict(OWN, block_q=8, block_k=4, share=share)
+        method = make_method("vertical_slash", min_length=0, head_config=path, **own)
+        want = vertical_slash(call, [(8 + 4 * h, 12 + call.layer) for h in heads], **own)
+        assert torch.equal(chosen_mask(method, call), want)
+
+
+def test_head_config_is_saved_with_the_patch(tmp_path):
+    model = zoo.SUPPORTED["llama"].build()
+    ids = zoo.prompt(model, 1, 63)
+    path = head_file(tmp_path / "heads.json", layers=3)
+    settings = dict(min_length=0, block_q=8, block_k=4, head_config=path, **OWN)
+    with patched(model, "vertical_slash", **settings) as patch, torch.no_grad():
+        want = model(ids).logits
+        assert patch.report().density() < 1
+        patch.save_pretrained(tmp_path / "patch")
+    (tmp_path / "heads.json").unlink()
+    with patched(model, PatchConfig.from_pretrained(tmp_path / "patch")), torch.no_grad():
+        assert torch.equal(model(ids).logits, want)
+
+
+def test_head_config_must_fit(tmp_path):
+    model = zoo.SUPPORTED["llama"].build()
+    with pytest.raises(ConfigError, match="2 layers of 8 heads"):
+        patched(model, "vertical_slash", head_config=head_file(tmp_path / "a.json", layers=2)).__enter__()
+    with pytest.raises(ConfigError, match="only vertical_and_slash"):
+        make_method("vertical_slash", head_config=head_file(tmp_path / "b.json", kind="block_sparse"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        make_method("vertical_slash", head_config=str(tmp_path / "none.json"))
