@@ -1,5 +1,6 @@
 """Training samples: token ids, answer labels and position ids of every stage of the curriculum."""
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,13 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from . import text
 
-IGNORE = -100
+IGNORE, FILLER = -100, -101
 HELD_OUT = ("emma", "moonstone", "great-expectations")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of the curriculum draws."""
+    """What one stage of the curriculum draws: `rows` samples of `length` tokens, positions below `reach`.
+
+    A diluted sample stands for a longer one: gaps in the positions, and a bias on filler keys for the missing.
+    """
 
     length: int
     rows: int
@@ -26,6 +30,7 @@ class Stage:
     induction: float = 0.0
     short: float = 0.0
     reach: int = 0
+    dilute: bool = False
 
 
 def read_books(folder: Path, held_out: Iterable[str] = HELD_OUT) -> list[str]:
@@ -33,6 +38,21 @@ def read_books(folder: Path, held_out: Iterable[str] = HELD_OUT) -> list[str]:
     names = sorted(folder.glob("*.txt"))
     kept = [path for path in names if not any(name in path.name.lower() for name in held_out)]
     return [" ".join(path.read_text(encoding="utf-8").split()) for path in kept]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Ids, labels (negative: not an answer), positions and logit bias of the keys, each (rows, length)."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    key_bias: torch.Tensor | None
+
+    def to(self, device: str) -> "Batch":
+        """On another device."""
+        bias = None if self.key_bias is None else self.key_bias.to(device)
+        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device), bias)
 
 
 class Sampler:
@@ -113,30 +133,35 @@ class Sampler:
         facts = [[self.encode(" " + fact) for fact in task.facts] for task in tasks]
         used = 1 + len(tail) + sum(len(fact) for task in facts for fact in task)
         segments = self._filler(int((stage.length - used) * stage.fill))
-        body = self._spread(segments, facts) if tasks[0].spread else [*segments, *facts[0]]
-        ids = [self.bos, *(token for segment in body for token in segment), *tail]
-        labels = [IGNORE] * (len(ids) - len(tail)) + tail_labels
+        marked = [(segment, FILLER) for segment in segments]
+        if tasks[0].spread:
+            marked = self._spread(marked, facts)
+        else:
+            marked += [(fact, IGNORE) for fact in facts[0]]
+        ids = [self.bos, *(token for segment, _ in marked for token in segment), *tail]
+        labels = [IGNORE, *(mark for segment, mark in marked for _ in segment), *tail_labels]
         if not tasks[0].spread:
             marks = [i for i in range(len(ids) - 2) if ids[i : i + 2] == self.topic]
             for index in marks:
                 labels[index + 2] = ids[index + 2]
         return ids, labels
 
-    def _spread(self, segments: list[list[int]], facts: list[list[list[int]]]) -> list[list[int]]:
+    def _spread(
+        self, segments: list[tuple[list[int], int]], facts: list[list[list[int]]]
+    ) -> list[tuple[list[int], int]]:
         """Facts at random depths between the segments; facts of one task keep their order."""
-        placed = [(float(i), s) for i, s in enumerate(segments)]
+        placed = [(float(i), segment) for i, segment in enumerate(segments)]
         for task in facts:
             depths = sorted(self.rng.uniform(-1, len(segments)) for _ in task)
-            placed += list(zip(depths, task, strict=True))
+            placed += [(depth, (fact, IGNORE)) for depth, fact in zip(depths, task, strict=True)]
         return [segment for _, segment in sorted(placed, key=lambda pair: pair[0])]
 
-    def _positions(self, length: int, reach: int) -> list[int]:
-        """Increasing positions below `reach` with up to three jumps of log-uniform total size."""
-        room = reach - length
-        if room <= 0 or self.rng.random() < 0.3:
-            return list(range(length))
-        total = min(room, int(16 * (room / 16) ** self.rng.random()))
-        cuts = sorted(self.rng.randrange(1, length) for _ in range(self.rng.randint(1, 3)))
+    def _positions(self, labels: list[int], total: int, most: int) -> list[int]:
+        """Increasing positions with up to `most` jumps of `total` together, in the filler where there is some."""
+        length = len(labels)
+        places = [i for i, label in enumerate(labels) if label == FILLER] or list(range(1, length))
+        count = int(most ** self.rng.random()) if total > 0 else 0
+        cuts = sorted(self.rng.choice(places) for _ in range(count))
         shares = [self.rng.random() for _ in cuts]
         positions, offset, done = [], 0, 0
         for cut, share in zip(cuts, shares, strict=True):
@@ -144,8 +169,20 @@ class Sampler:
             offset, done = offset + int(total * share / sum(shares)), cut
         return positions + [p + offset for p in range(done, length)]
 
-    def batch(self, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, labels and positions, each (rows, length), padded on the right."""
+    def _stretch(self, stage: Stage, labels: list[int]) -> tuple[float, list[int]]:
+        """Bias of the filler keys and positions of one sample."""
+        length = len(labels)
+        room = stage.reach - length
+        if room <= 0 or self.rng.random() < 0.25:
+            return 0.0, list(range(length))
+        if not stage.dilute:
+            return 0.0, self._positions(labels, int(16 * (max(room, 16) / 16) ** self.rng.random()), 3)
+        times = (stage.reach / length) ** self.rng.random()
+        bias = math.log(times) if self.rng.random() < 0.8 else 0.0
+        return bias, self._positions(labels, min(room, int(length * times) - length), 64)
+
+    def batch(self, stage: Stage) -> Batch:
+        """A batch of the stage, padded on the right."""
         samples = []
         while len(samples) < stage.rows:
             if self.rng.random() < stage.induction:
@@ -156,6 +193,9 @@ class Sampler:
                 samples.append((ids, labels))
         length = max(len(ids) for ids, _ in samples)
         ids = torch.tensor([i + [self.pad] * (length - len(i)) for i, _ in samples])
-        labels = torch.tensor([t + [IGNORE] * (length - len(t)) for _, t in samples])
-        positions = torch.tensor([self._positions(length, stage.reach) for _ in samples])
-        return ids, labels, positions
+        padded = [t + [IGNORE] * (length - len(t)) for _, t in samples]
+        stretched = [self._stretch(stage, row) for row in padded]
+        labels = torch.tensor(padded)
+        bias = torch.tensor([[bias] for bias, _ in stretched]) * (labels == FILLER)
+        positions = torch.tensor([positions for _, positions in stretched])
+        return Batch(ids, labels, positions, bias if bias.any() else None)

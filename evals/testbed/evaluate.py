@@ -5,12 +5,14 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ... import patched
 from . import CHECKPOINT, text
 
 HAYSTACKS = {"grammar": text.grammar_sentences, "prose": text.prose_sentences}
@@ -99,11 +101,11 @@ def exact(model: LlamaForCausalLM, prompts: list[Prompt], mask_facts: bool = Fal
 
 def cell(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: str, haystack: str, length: int,
-    samples: int = 50, seed: int = 1234, mask_facts: bool = False,
+    samples: int = 50, seed: int = 1234, mask_facts: bool = False, deepest: float = 1.0,
 ) -> list[tuple[float, bool]]:  # fmt: skip
-    """(depth, exact) of `samples` prompts whose depths run evenly from 0 to 1."""
+    """(depth, exact) of `samples` prompts whose depths run evenly from 0 to `deepest`."""
     rng, encode = random.Random(f"{seed} {task} {haystack} {length}"), Encoder(tokenizer)
-    depths = [i / max(1, samples - 1) for i in range(samples)]
+    depths = [deepest * i / max(1, samples - 1) for i in range(samples)]
     tasks = [text.TASKS[task](rng) for _ in depths]
     pairs = zip(tasks, depths, strict=True)
     prompts = [build_prompt(encode, t, haystack, length, d, rng) for t, d in pairs]
@@ -122,26 +124,39 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--mask-facts", action="store_true", help="hide the facts: accuracy must fall to zero")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--window", type=int, default=0, help="patch `streaming`, needles outside this window")
     parser.add_argument("--out", help="JSONL file for the results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    model = LlamaForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32, local_files_only=True).eval()
+    model = LlamaForCausalLM.from_pretrained(
+        options.checkpoint, dtype=getattr(torch, options.dtype), local_files_only=True
+    ).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.checkpoint, local_files_only=True)
-    for task in options.tasks.split(","):
-        for haystack in options.haystacks.split(","):
-            for length in map(int, options.lengths.split(",")):
-                start = time.monotonic()
-                rows = cell(
-                    model, tokenizer, task, haystack, length, options.samples, options.seed, options.mask_facts
-                )
-                score = sum(hit for _, hit in rows) / len(rows)
-                missed = [round(depth, 2) for depth, hit in rows if not hit]
-                spent = time.monotonic() - start
-                print(f"{task} {haystack} {length}: {score:.3f} ({spent:.0f} s) missed at {missed}", flush=True)
-                if options.out:
-                    record = {"task": task, "haystack": haystack, "length": length, "exact": score}
-                    with Path(options.out).open("a") as file:
-                        file.write(json.dumps({**record, "samples": len(rows), "missed": missed}) + "\n")
+    window = patched(model, "streaming", window=options.window) if options.window else nullcontext()
+    with window:
+        for task in options.tasks.split(","):
+            for haystack in options.haystacks.split(","):
+                for length in map(int, options.lengths.split(",")):
+                    _report(model, tokenizer, task, haystack, length, options)
+
+
+def _report(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: str, haystack: str, length: int,
+    options: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Run one cell, print it and append it to the results."""
+    start = time.monotonic()
+    deepest = 1 - 1.5 * options.window / length
+    settings = (options.samples, options.seed, options.mask_facts, deepest)
+    rows = cell(model, tokenizer, task, haystack, length, *settings)
+    score = sum(hit for _, hit in rows) / len(rows)
+    missed = [round(depth, 2) for depth, hit in rows if not hit]
+    print(f"{task} {haystack} {length}: {score:.3f} ({time.monotonic() - start:.0f} s) missed at {missed}", flush=True)
+    if options.out:
+        record = {"task": task, "haystack": haystack, "length": length, "exact": score, "window": options.window}
+        with Path(options.out).open("a") as file:
+            file.write(json.dumps({**record, "samples": len(rows), "missed": missed}) + "\n")
 
 
 if __name__ == "__main__":

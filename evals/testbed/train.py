@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTo
 
 from . import init
 from .curriculum import STAGES
-from .data import IGNORE, Sampler, read_books
+from .data import Batch, Sampler, read_books
 from .tokenizer import build
 
 EAGER_LENGTH = 512
@@ -34,19 +34,24 @@ class State:
     accuracy: dict[str, float] = field(default_factory=dict)
 
 
-def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     """Final hidden states (batch, length, width) with plain causal attention whatever the positions.
 
     The model's own forward takes a jump in the positions for the start of another packed sequence.
     """
-    core, length = model.model, ids.shape[1]
-    states = core.embed_tokens(ids)
-    rotary = core.rotary_emb(states, positions)
-    eager = length <= EAGER_LENGTH and not ids.is_cuda
+    core, length = model.model, batch.ids.shape[1]
+    states = core.embed_tokens(batch.ids)
+    rotary = core.rotary_emb(states, batch.positions)
+    eager = length <= EAGER_LENGTH and not batch.ids.is_cuda
     model.config._attn_implementation = "eager" if eager else "sdpa"
-    mask = torch.full((length, length), -1e9, device=ids.device).triu(1)[None, None] if eager else None
+    mask = None
+    if eager or batch.key_bias is not None:
+        mask = torch.full((length, length), -1e9, device=batch.ids.device).triu(1)[None, None]
+        if batch.key_bias is not None:
+            mask = mask + batch.key_bias[:, None, None, :]
+        mask = mask.to(torch.bfloat16) if not eager else mask
     for layer in core.layers:
-        states = layer(states, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
+        states = layer(states, attention_mask=mask, position_embeddings=rotary, position_ids=batch.positions)
     return core.norm(states)
 
 
@@ -109,16 +114,18 @@ class Trainer:
         self.tokenizer.save_pretrained(self.out)
 
     def rate(self) -> float:
-        """Warm-up, constant, then linear decay over the last fifth of the time."""
+        """Warm-up, constant, then linear decay over the last part of the time."""
         done = self.state.seconds / 60 / self.options.minutes
-        return self.options.lr * min(1.0, (self.state.step + 1) / 50) * min(1.0, max(0.02, (1 - done) / 0.2))
+        decay = min(1.0, max(0.02, (1 - done) / self.options.decay))
+        return self.options.lr * decay * min(1.0, (self.state.step + 1) / 50)
 
-    def _loss(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, float, float]:
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, float, float]:
         """Answer loss on all answer tokens plus language modelling on a share of the other positions."""
-        ids, labels, positions = (t.to(self.options.device) for t in batch)
+        batch = batch.to(self.options.device)
+        ids = batch.ids
         with torch.autocast(torch.device(self.options.device).type, torch.bfloat16):
-            states = hidden_states(self.model, ids, positions)[:, :-1]
-            targets, answers = ids[:, 1:], labels[:, 1:] != IGNORE
+            states = hidden_states(self.model, batch)[:, :-1]
+            targets, answers = ids[:, 1:], batch.labels[:, 1:] >= 0
             plain = (
                 (torch.rand(targets.shape, device=ids.device) < LM_SHARE) & ~answers & (targets != self.sampler.pad)
             )
@@ -147,7 +154,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self.state.step += 1
-        self.state.tokens += batch[0].numel()
+        self.state.tokens += batch.ids.numel()
         for name, value in ((f"acc{STAGES[stage].length}", accuracy), (f"loss{STAGES[stage].length}", answer_loss)):
             self.recent[name] = [*self.recent[name][-39:], value]
 
@@ -201,8 +208,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--fresh-optimizer", action="store_true")
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--decay", type=float, default=0.4, help="last part of the time, with a falling rate")
     parser.add_argument("--bar", type=float, default=0.9, help="answer accuracy that opens the next stage")
-    parser.add_argument("--replay", type=float, default=0.2, help="share of batches from earlier stages")
+    parser.add_argument("--replay", type=float, default=0.4, help="share of batches from earlier stages")
     parser.add_argument("--stage", type=int, help="start at this stage")
     parser.add_argument("--last-stage", type=int, default=len(STAGES) - 1)
     parser.add_argument("--log-every", type=int, default=50)
