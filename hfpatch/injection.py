@@ -303,8 +303,8 @@ class RawCall:
 
     @property
     def softcap(self) -> float | None:
-        """Logit soft-cap."""
-        return self.kwargs.get("softcap")
+        """Logit soft-cap; none under sdpa, which never applies one (old releases drop it silently, new ones raise)."""
+        return None if self.base_name == "sdpa" else self.kwargs.get("softcap")
 
     @property
     def sinks(self) -> Tensor | None:

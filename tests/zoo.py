@@ -64,6 +64,7 @@ class TinyModel:
     learned_positions: bool = False
     padding_exact: bool = True
     cached_exact: bool = True
+    since: tuple[int, int] = (5, 0)
     notes: str = ""
 
     def build(self, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -231,7 +232,7 @@ def _sliding_models() -> list[TinyModel]:
 def _hybrid_models() -> list[TinyModel]:
     """Models that mix softmax attention with recurrent layers."""
     return [
-        _text("falcon_h1", "FalconH1", FALCON_H1, hybrid=True),
+        _text("falcon_h1", "FalconH1", FALCON_H1, hybrid=True, since=(5, 3)),
         _text("qwen3_next", "Qwen3Next", {**HEAD, **QWEN3_NEXT}, hybrid=True, full_layers=[1, 3]),
     ]
 
@@ -277,8 +278,11 @@ def _refused_models() -> list[TinyModel]:
     ]
 
 
+RELEASE = tuple(int(n) for n in transformers.__version__.split(".")[:2])
 SUPPORTED: dict[str, TinyModel] = {
-    tiny.name: tiny for tiny in _plain_models() + _sliding_models() + _hybrid_models() + _vision_models()
+    tiny.name: tiny
+    for tiny in _plain_models() + _sliding_models() + _hybrid_models() + _vision_models()
+    if RELEASE >= tiny.since
 }
 REFUSED: dict[str, TinyModel] = {tiny.name: tiny for tiny in _refused_models()}
 

@@ -72,7 +72,7 @@ def test_faithful_mode_equals_the_numpy_reading(name: str, layer: int) -> None:
     tokenizer = byte_tokenizer()
     history = numpy_reading(name, layer, tokenizer, SETTINGS)
     assert len(history) > 5 and history[0] != history[-1]
-    model = tiny(name)
+    model = tiny(name, **({"attn_implementation": "eager"} if zoo.SUPPORTED[name].softcap else {}))
     with patched(model, "infiniretri", **SETTINGS, mode="faithful") as patch:
         assert patch.layers == [layer]
         found = patch.retrieve(TEXT, QUESTION, tokenizer=tokenizer, progress=False)
