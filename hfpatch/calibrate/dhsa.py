@@ -22,7 +22,7 @@ from ..patch_config import PatchConfig
 from ..selection import Selection
 
 STATE_FILE = "training.pt"
-GRID = torch.linspace(-3, 3, 61)
+GRID = torch.arange(-30, 31) / 10
 Advance = Callable[[], None]
 
 
