@@ -44,15 +44,18 @@ def make_examples(rows: Iterable[dict[str, Any]], where: str) -> list[Example]:
     return [Example(r["prompt"], tuple(r.get("labels") or every), r.get("answer")) for r in rows]
 
 
-def hub_examples(name: str, split: str, prompt: str, answer: str, names: Sequence[str] = ()) -> list[Example]:
-    """Examples from a Hub data set: `prompt` is a template over its fields, `answer` the field with the label.
+def hub_examples(
+    name: str, split: str, count: int, prompt: str, answer: str, names: Sequence[str] = ()
+) -> list[Example]:
+    """`count` examples drawn from a Hub data set: `prompt` is a template over its fields, `answer` the field with the label.
 
     `names` are the labels' texts by number, for fields that hold numbers. Needs the extra `eval`.
     """
     from datasets import load_dataset
 
     rows = []
-    for row in load_dataset(name, split=split):
+    data = load_dataset(name, split=split).shuffle(seed=0)
+    for row in data.select(range(min(count, len(data)))):
         value = row[answer]
         rows.append({"prompt": prompt.format(**row), "answer": names[value] if names else f" {value}"})
     return make_examples(rows, name)

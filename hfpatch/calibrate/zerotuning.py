@@ -264,7 +264,7 @@ def zerotuning(
         found = read_examples(data)[:examples]
     else:
         labels = [f" {n.strip()}" for n in names.split(",")] if names else []
-        found = hub_examples(data, f"{split}[:{examples}]", prompt, answer, labels)
+        found = hub_examples(data, split, examples, prompt, answer, labels)
     search = Search(seeds=tuple(range(seeds)), layers=layers)
     with progress("settings", 2 * (query_heads(loaded.model) or 0) + 1) as advance:
         result = calibrate_zerotuning(loaded.model, loaded.tokenizer, found, search, batch=batch, advance=advance)
