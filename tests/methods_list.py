@@ -63,6 +63,13 @@ METHODS = [
     MethodCase(
         "dhsa", {**DHSA, "boundaries": "fixed", "question_tokens": 5}, {"budget": 1.0}, "tile", label="dhsa-fixed"
     ),
+    MethodCase(
+        "dhsa",
+        {**DHSA, "budget": 32, "align": 4, "score": "mean", "heads": "all", "share": "boundaries"},
+        {"budget": 1 << 20},
+        "no",
+        label="dhsa-aligned",
+    ),
     MethodCase("zerotuning", {"gamma": 3.0}, {"gamma": 1.0}),
     MethodCase("head_scale", {"heads": [[1, 0], [1, 3]], "factor": 0.3}, {"factor": 1.0}),
     MethodCase("act", {"beta": 0.3, "threshold": 0.04}, {"beta": 1.0}, "no"),

@@ -14,12 +14,13 @@ from ..dhsa import boundaries as cutting
 from ..dhsa.choose import Room, choose
 from ..dhsa.labels import mass_ratio
 from ..dhsa.predictor import BoundaryPredictor, load_predictor
-from ..dhsa.score import RULES, Chunks, pool_queries, score_chunks
+from ..dhsa.score import RULES, Chunks, Rotary, pool_queries, score_chunks
 from ..dhsa.table import ChunkTable
 from ..errors import ConfigError
 from ..method import Method
 from ..registry import register_method
 from ..selection import Causal, Rows, Selection
+from ._model import text_config
 
 KEY = "dhsa"
 
@@ -105,8 +106,9 @@ class Dhsa(Method):
         self.causality = "tile" if tiled else "no"
         self.predictor = BoundaryPredictor.of(tensors or {})
         self.watch: Callable[[AttentionCall, Selection | None], None] | None = None
+        self.rotary = Rotary()
         self._leader: dict[int, int] = {}
-        self._shared: dict[int, tuple[Any, Any]] = {}
+        self._shared: dict[int, dict[tuple[str, Any], Any]] = {}
         self._counts: dict[int, tuple[Tensor, int]] = {}
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
@@ -121,6 +123,7 @@ class Dhsa(Method):
             self.predictor = load_predictor(s.predictor)
         if self.predictor is not None:
             self.predictor.check(model)
+        self.rotary = Rotary.of(text_config(model))
         span = s.share_span or len(layers)
         if s.share != "none":
             self._leader = {layer: layers[n // span * span] for n, layer in enumerate(layers)}
@@ -168,7 +171,9 @@ class Dhsa(Method):
         room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units)
         starts, ends = table.spans
         q = pool_queries(call.q[:, :, dense:stop], block)
-        score = score_chunks(q, Chunks(table.statistics(), starts, ends), s.score, begin, call.scale, s.heads == "all")
+        score = score_chunks(
+            q, Chunks(table.statistics(), starts, ends, self.rotary), s.score, begin, call.scale, s.heads == "all"
+        )
         lists = choose(score, starts // a, ends // a, room, block, a)
         parts = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
@@ -226,11 +231,13 @@ class Dhsa(Method):
         lead = min(start, s.window)
         return cutting.novelty(call.k[:, :, start - lead : stop], s.window)[:, lead:]
 
-    def _from_leader(self, call: AttentionCall, what: str, key: Any, make: Any) -> Any:
+    def _from_leader(self, call: AttentionCall, what: str, key: Any, make: Callable[[], Any]) -> Any:
+        """What the leading layer made for the same rows and tokens in this forward; made here where it did not."""
         leader = self._leader.get(call.layer, call.layer)
-        if call.layer != leader and self._shared.get(leader, (None, None))[0] == (what, key):
-            return self._shared[leader][1]
-        value = make()
-        if call.layer == leader:
-            self._shared[leader] = ((what, key), value)
+        known = self._shared.setdefault(leader, {})
+        if call.layer != leader:
+            return known[what, key] if (what, key) in known else make()
+        for old in [k for k in known if set(k[1][0]) & set(call.rows)]:
+            del known[old]
+        known[what, key] = value = make()
         return value

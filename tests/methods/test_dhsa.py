@@ -12,7 +12,7 @@ from torch import Tensor
 from hfpatch import ConfigError, get_method, patched
 from hfpatch.call import AttentionCall
 from hfpatch.dhsa import boundaries
-from hfpatch.dhsa.score import Chunks, score_chunks
+from hfpatch.dhsa.score import Chunks, Rotary, score_chunks
 from hfpatch.dhsa.table import ChunkTable, chunk_sums
 from hfpatch.methods.dhsa import KEY, Dhsa
 from hfpatch.selection import Selection
@@ -67,6 +67,11 @@ def by_loops(m: Dhsa, c: AttentionCall, starts: Tensor, ends: Tensor) -> Tensor:
     return keep
 
 
+def variance(k: Tensor) -> Tensor:
+    """Variance `[D]` of keys `[n, D]`, averaged over channels d and d + D/2."""
+    return k.var(0, correction=0).unflatten(0, (2, -1)).mean(0).repeat(2)
+
+
 def by_loops_score(m: Dhsa, keys: dict, q: Tensor, upto: int) -> dict[tuple[int, int], float]:
     """Score of every chunk for the queries `q [G, D]` of one group, which begin at token `upto`."""
     past = [span for span in keys if span[1] <= upto]
@@ -74,9 +79,7 @@ def by_loops_score(m: Dhsa, keys: dict, q: Tensor, upto: int) -> dict[tuple[int,
     if m.settings.score == "mass":
         total = dict.fromkeys(keys, 0.0)
         for one in q:
-            logit = {
-                s: float(one @ mean[s] / 4 + (one / 4) ** 2 @ k.var(0, correction=0) / 2) for s, k in keys.items()
-            }
+            logit = {s: float(one @ mean[s] / 4 + (one / 4) ** 2 @ variance(k) / 2) for s, k in keys.items()}
             norm = sum((y - x) * math.exp(logit[x, y]) for x, y in past)
             for span in keys:
                 total[span] += math.exp(logit[span]) / norm
@@ -229,6 +232,28 @@ def test_mass_finds_one_strong_key_that_a_mean_hides() -> None:
     chunks = Chunks(table.statistics(), *table.spans)
     mass = score_chunks(q, chunks, "mass", upto, 0.25)
     assert int(mass.argmax()) == 2 and bool(mass.isfinite().all())
+
+
+@pytest.mark.parametrize("rotary", [Rotary(), Rotary(share=0.5), Rotary(tail=6)], ids=str)
+def test_mass_does_not_depend_on_where_positions_begin(rotary: Rotary) -> None:
+    """Turning queries and keys by the same angles, as left padding does, changes no score."""
+    k, q, upto = torch.randn(1, 2, 96, 16), torch.randn(1, 4, 3, 16), torch.tensor([32, 64, 96])
+    turned = 6 if rotary.tail else int(16 * rotary.share)
+    start, half = (10 if rotary.tail else 0), turned // 2
+    angle = torch.rand(half) * 6
+
+    def turn(x: Tensor) -> Tensor:
+        a, b, x = x[..., start : start + half], x[..., start + half : start + turned], x.clone()
+        x[..., start : start + half] = a * angle.cos() - b * angle.sin()
+        x[..., start + half : start + turned] = a * angle.sin() + b * angle.cos()
+        return x
+
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        table = ChunkTable.empty(k)
+        table.close(k, lambda start, stop: boundaries.fixed(1, 0, 96, 8, k.device))
+        return score_chunks(q, Chunks(table.statistics(), *table.spans, rotary), "mass", upto, 0.25)
+
+    torch.testing.assert_close(scores(turn(q), turn(k)), scores(q, k), rtol=1e-4, atol=1e-4)
 
 
 def test_rotary_bands_rank_what_one_band_sees() -> None:
