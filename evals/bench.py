@@ -62,6 +62,11 @@ class LatencyJob:
         """Generate calls."""
         return (self.repeats + self.warmup) * len(variants)
 
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
+        """Prompts, new tokens for each, and prompts at a time."""
+        calls = self.repeats + self.warmup + 1
+        return calls * len(variants), self.decode_tokens, 1
+
     def settings(self) -> Data:
         """Arguments as plain data."""
         return {

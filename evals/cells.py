@@ -50,6 +50,9 @@ class Job(Protocol):
     def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
         """Progress steps of a cell."""
 
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
+        """Prompts, new tokens for each, and prompts at a time, for estimates; None when that is not known."""
+
     def run(self, cell: Cell, session: "Session") -> CellResult: ...
 
     def rows(self, done: Mapping[Cell, Data]) -> list[Data]:

@@ -42,6 +42,10 @@ class MemoryJob:
         """One measurement."""
         return 1
 
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
+        """Prompts, new tokens for each, and prompts at a time."""
+        return 1, self.decode_tokens, 1
+
     def settings(self) -> Data:
         """Arguments as plain data."""
         return {"lengths": list(self.lengths), "decode_tokens": self.decode_tokens}

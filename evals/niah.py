@@ -8,8 +8,9 @@ from statistics import mean
 
 from .cells import Cell, CellResult, Data, Session
 from .generation import complete
-from .haystack import count_tokens, fill, sentences
 from .models import Loaded, check_length
+from .tasks.layout import compose, count_tokens
+from .tasks.sources import sentences
 from .testbed import text
 from .variants import Variant
 
@@ -48,6 +49,10 @@ class NiahJob:
         """Batches."""
         return -(-len(self.depths) * self.samples // self.batch_size)
 
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
+        """Prompts, new tokens for each, and prompts at a time."""
+        return len(self.depths) * self.samples, 10, self.batch_size
+
     def settings(self) -> Data:
         """Arguments as plain data."""
         return {
@@ -62,9 +67,11 @@ class NiahJob:
             for index in range(self.samples):
                 rng = random.Random(f"{self.label}-{seed}-{length}-{depth}-{index}")
                 key, value = text.random_key(rng), text.random_value(rng)
-                source = sentences(self.haystack, rng)
-                p = fill(loaded.tokenizer, source, text.needle(key, value), text.question(key), length, depth / 100)
-                made.append(Sample(p.text, value, p.tokens, depth / 100, p.depth, index))
+                found = compose(
+                    loaded.tokenizer, [text.needle(key, value)], [depth / 100], sentences(self.haystack, rng), length,
+                    tail=text.question(key),
+                )  # fmt: skip
+                made.append(Sample(found.prompt, value, found.tokens, depth / 100, found.depths[0], index))
         return made
 
     def run(self, cell: Cell, session: Session) -> CellResult:

@@ -35,7 +35,8 @@ def look(n: int) -> dict[str, Any]:
     return {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 6}
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
@@ -68,7 +69,7 @@ def heat_map(rows: Sequence[Row], path: Path, title: str) -> Path:
         bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.9, pad=0.02)
         bar.set_label("needles found")
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _heat_panel(axis: Axes, rows: Sequence[Row], lengths: Sequence[int], depths: Sequence[float]) -> None:
@@ -101,7 +102,8 @@ def _wrap(name: str, width: int = 26) -> str:
     return "\n".join([*out, line])
 
 
-def _length_axis(axis: Axes, lengths: Sequence[int]) -> None:
+def length_axis(axis: Axes, lengths: Sequence[int]) -> None:
+    """Prompt lengths in tokens, on a logarithmic axis."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(list(lengths)))
     axis.xaxis.set_minor_locator(NullLocator())
@@ -142,11 +144,11 @@ def latency(rows: Sequence[Row], path: Path, title: str) -> Path:
         axes[2].plot([], [], color="grey", linestyle="--", label="per further token")
         axes[2].legend(loc="best", fontsize=9)
         for axis in axes:
-            _length_axis(axis, lengths)
+            length_axis(axis, lengths)
             _plain_ticks(axis)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4))
         figure.suptitle(title)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def memory(rows: Sequence[Row], path: Path, title: str) -> Path:
@@ -162,8 +164,8 @@ def memory(rows: Sequence[Row], path: Path, title: str) -> Path:
                 axis.plot([r["length"] for r in own], [r[key] / unit for r in own], label=name, **look(n))
             axis.set_title(label, fontsize=10)
             axis.set_ylim(bottom=0)
-            _length_axis(axis, lengths)
+            length_axis(axis, lengths)
         axes[0].set_ylabel(f"above the loaded model ({unit_name})")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4))
         figure.suptitle(title)
-        return _save(figure, path)
+        return save(figure, path)

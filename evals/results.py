@@ -117,11 +117,9 @@ class Journal:
     run: dict[str, Any]
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def open(self, *, fresh: bool = False) -> "Journal":
-        """Read what is there, or start anew. Raises EvaluationError when it belongs to another run."""
+    def open(self) -> "Journal":
+        """Read what is there. Raises EvaluationError when it belongs to another run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            self.path.unlink(missing_ok=True)
         lines = self._whole_lines()
         if lines and lines[0].get("run") != self.run:
             raise EvaluationError(

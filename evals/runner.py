@@ -1,16 +1,20 @@
 """Runs the cells of all jobs, journals them, and writes the results."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .bench import break_evens
 from .cells import Cell, Data, Job, Session
 from .results import JOURNAL, RESULTS, SAMPLES, Journal, environment, write_json, write_jsonl
+from .shards import Shard, merge_journals
 from .variants import Variant
+
+TIMED = ("latency", "memory")
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
@@ -27,7 +31,7 @@ class Run:
     device: str | None = None
     seed: int = 0
     about: str = ""
-    extra: Data = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def cells(self) -> list[tuple[Job, Cell]]:
         """All cells in order."""
@@ -39,30 +43,62 @@ class Run:
 
     def arguments(self) -> Data:
         """What was asked for, as plain data; two runs with equal arguments give equal results, times aside."""
-        return {
+        asked = {
             "title": self.title, "about": self.about, "model": self.model, "dtype": self.dtype, "device": self.device,
             "seed": self.seed, "variants": [v.to_dict() for v in self.variants],
             "jobs": [{"label": j.label, "kind": j.kind, **j.settings()} for j in self.jobs],
         }  # fmt: skip
+        return json.loads(json.dumps(asked))
 
 
 def _no_progress(title: str, total: int) -> AbstractContextManager[Callable[[], None]]:
     return nullcontext(lambda: None)
 
 
-def execute(run: Run, out: Path, *, fresh: bool = False, progress: Progress = _no_progress) -> Data:
-    """Run what is not yet in the folder's journal, write results.json and samples.jsonl, return the results."""
-    journal = Journal(out / JOURNAL, run.arguments()).open(fresh=fresh)
-    todo = [(job, cell) for job, cell in run.cells() if cell.key not in journal.done]
-    session = Session(run.model, run.variants, run.dtype, run.device, run.seed)
-    with progress(run.title, run.steps(todo)) as step:
+def execute(run: Run, out: Path, *, fresh: bool = False, progress: Progress = _no_progress) -> Data | None:
+    """Run what is not yet in the folder's journal, write results.json and samples.jsonl, return the results.
+
+    Started several times by `accelerate launch`, the processes share the cells; all but the first return None.
+    """
+    shard = Shard.from_environment()
+    main = Journal(out / JOURNAL, run.arguments())
+    if shard.rank == 0:
+        if fresh:
+            clear(out)
+        merge_journals(main.open())
+    shard.barrier()
+    main.open()
+    todo = [(job, cell) for job, cell in run.cells() if cell.key not in main.done]
+    alone = [pair for pair in todo if shard.world == 1 or pair[0].kind in TIMED]
+    shared = [pair for pair in todo if pair not in alone]
+    session = Session(run.model, run.variants, run.dtype, run.device or shard.device, run.seed)
+    if shard.world > 1:
+        journal = shard.journal(out, run.arguments()).open()
+        _work(run, shared[shard.rank :: shard.world], session, journal, progress)
+        shard.barrier()
+    if shard.rank == 0:
+        merge_journals(main)
+        _work(run, alone, session, main, progress)
+    shard.leave()
+    return write_results(run, main, out) if shard.rank == 0 else None
+
+
+def clear(out: Path) -> None:
+    """Forget the cells of an earlier run."""
+    for path in [out / JOURNAL, *out.glob("cells.*.jsonl")]:
+        path.unlink(missing_ok=True)
+
+
+def _work(run: Run, cells: Sequence[tuple[Job, Cell]], session: Session, journal: Journal, progress: Progress) -> None:
+    if not cells:
+        return
+    with progress(run.title, run.steps(cells)) as step:
         session.step = step
-        for job, cell in todo:
+        for job, cell in cells:
             start = time.perf_counter()
             result = job.run(cell, session)
             record = {"data": result.data, "samples": result.samples, "seconds": time.perf_counter() - start}
             journal.add(cell.key, {**record, "model": session.loaded.describe()})
-    return write_results(run, journal, out)
 
 
 def write_results(run: Run, journal: Journal, out: Path) -> Data:
@@ -84,7 +120,8 @@ def collect(run: Run, journal: Journal) -> Data:
         if job.kind == "latency":
             entry["break_even"] = break_evens(rows)
         jobs.append(entry)
-    any_cell = next(iter(journal.done.values()), {})
+    first = next(iter(run.cells()), None)
+    any_cell = journal.done[first[1].key] if first else {}
     return {
         "title": run.title,
         "about": run.about,
@@ -94,5 +131,6 @@ def collect(run: Run, journal: Journal) -> Data:
         "seed": run.seed,
         "variants": [v.to_dict() for v in run.variants],
         "jobs": jobs,
+        "notes": list(run.notes),
         "seconds": sum(line["seconds"] for line in journal.done.values()),
     }

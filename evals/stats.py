@@ -51,7 +51,7 @@ def time_text(seconds: float) -> str:
     """Seconds with a fitting unit."""
     if seconds >= 120:
         return f"{seconds / 60:.1f} min"
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 def break_even_text(found: Mapping[str, Any]) -> str:

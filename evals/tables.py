@@ -3,28 +3,31 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from .plots import names_of
 from .stats import break_even_text, memory_text, time_text, tokens
+from .summary import sentences
 
 Row = dict[str, Any]
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE)
     for n, column in enumerate(columns):
         table.add_column(column, justify="left" if n == 0 else "right", no_wrap=n > 0)
     return table
 
 
-def niah_table(job: Row) -> RenderableType:
-    """Share of needles found per variant and length, all depths together, with the density reached."""
+def score_table(job: Row) -> RenderableType:
+    """Score per variant and length, all depths together, with the density reached."""
     rows = job["rows"]
     lengths = sorted({r["length"] for r in rows})
-    table = _table(f"{job['label']}: needles found (all depths)", "variant", *map(tokens, lengths), "keys attended")
+    what = "needles found (all depths)" if job["kind"] == "niah" else "score"
+    table = _table(f"{job['label']}: {what}", "variant", *map(tokens, lengths), "keys attended")
     for name in names_of(rows):
         own = [r for r in rows if r["variant"] == name]
         cells = []
@@ -42,27 +45,27 @@ def _question_note(rows: Sequence[Row]) -> str:
     return f"the question was inside the sparse part for {', '.join(inside)}" if inside else "no sparse prefill"
 
 
-def _spread(summary: Row) -> str:
-    return f"{time_text(summary['median'])} ({time_text(summary['low'])}..{time_text(summary['high'])})"
+def _spread(summary: Row, speedup: float, more: str = "") -> Text:
+    low, high = (time_text(summary[k]) for k in ("low", "high"))
+    text = Text(f"{time_text(summary['median'])} ({low.split()[0]}..{high})\n")
+    return text.append(f"{speedup:.2f} x dense{more}", style="dim" if speedup == 1 else "")
 
 
 def latency_table(job: Row) -> RenderableType:
     """Times with their spread and the ratio to dense, then the break-even lengths."""
-    table = _table(
-        f"{job['label']}: median (spread) over {job['settings']['repeats']} interleaved runs",
-        "variant", "prompt", "to first token", "x dense", "per token", "x dense", "tokens/s", "keys attended",
-    )  # fmt: skip
+    title = f"{job['label']}: median (spread) over {job['settings']['repeats']} interleaved runs"
+    table = _table(title, "variant", "prompt", "to first token", "per further token", "keys")
     length = None
     for r in sorted(job["rows"], key=lambda r: r["length"]):
         if length not in (None, r["length"]):
             table.add_section()
         length = r["length"]
         table.add_row(
-            Text(r["variant"]), tokens(length), _spread(r["ttft"]), f"{r['ttft_speedup']:.2f}", _spread(r["tpot"]),
-            f"{r['tpot_speedup']:.2f}", f"{r['tokens_per_second']:.0f}",
-            f"{r['density_prefill']:.0%} / {r['density_decode']:.0%}",
+            Text(r["variant"]), tokens(length), _spread(r["ttft"], r["ttft_speedup"]),
+            _spread(r["tpot"], r["tpot_speedup"], f", {r['tokens_per_second']:.0f}/s"),
+            f"{r['density_prefill']:.0%}\n{r['density_decode']:.0%}",
         )  # fmt: skip
-    lines = ["x dense: how many times faster than dense in this run; keys attended: in prefill / in decoding"]
+    lines = ["x dense: how many times as fast as dense in this run; keys: attended in prefill, in decoding"]
     kinds = {"ttft": "prefill", "tpot": "decoding"}
     lines += [f"{b['variant']}: {kinds[b['measure']]} is {break_even_text(b)}" for b in job["break_even"]]
     return Group(table, *(Text(line, style="dim") for line in lines))
@@ -85,13 +88,37 @@ def memory_table(job: Row) -> RenderableType:
     return Group(table, Text(f"measured by: {job['rows'][0]['how']}", style="dim"))
 
 
+def perplexity_table(job: Row) -> RenderableType:
+    """Perplexity by range of positions in the longest prompts."""
+    longest = max(r["length"] for r in job["rows"])
+    rows = [r for r in job["rows"] if r["length"] == longest]
+    spans = sorted({(r["start"], r["stop"]) for r in rows})
+    title = f"{job['label']}: perplexity by position, prompts of {longest} tokens"
+    table = _table(title, "variant", *(f"{a}-{b - 1}" for a, b in spans))
+    for name in names_of(rows):
+        own = {(r["start"], r["stop"]): r["perplexity"] for r in rows if r["variant"] == name}
+        table.add_row(Text(name), *(f"{own[s]:.2f}" if s in own else "" for s in spans))
+    return table
+
+
+def lm_eval_table(job: Row) -> RenderableType:
+    """lm-eval's scores."""
+    table = _table(job["label"], "task", "variant", "score", "metric", "samples")
+    for r in job["rows"]:
+        table.add_row(r["task"], Text(r["variant"]), f"{r['score']:.4f}", r["metric"], str(r["samples"]))
+    return table
+
+
 TABLES: dict[str, Callable[[Row], RenderableType]] = {
-    "niah": niah_table, "latency": latency_table, "memory": memory_table,
+    "niah": score_table, "task": score_table, "perplexity": perplexity_table, "lm-eval": lm_eval_table,
+    "latency": latency_table, "memory": memory_table,
 }  # fmt: skip
 
 
 def print_results(results: Row, console: Console) -> None:
-    """Every job's table."""
+    """Every job's table, then what they say in words."""
     for job in results["jobs"]:
         console.print(TABLES[job["kind"]](job))
         console.print()
+    for line in [*sentences(results), *results["notes"]]:
+        console.print(Text(line))

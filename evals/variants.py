@@ -16,6 +16,8 @@ from hfpatch.api import Patch
 from hfpatch.errors import ConfigError
 from hfpatch.registry import make_config
 
+from .patch_files import read_patch
+
 DENSE = "dense"
 _PART = re.compile(r"(?P<name>[\w-]+)(?::(?P<settings>.*))?", re.DOTALL)
 
@@ -115,7 +117,7 @@ def _variant(spec: str, settings: dict[str, Any], unused: set[str]) -> Variant:
         if settings:
             unused.clear()
             raise ConfigError(f"Settings go with a method's name; put them into the saved config {spec!r} instead.")
-        return Variant(Path(spec).name or spec, PatchConfig.from_pretrained(spec))
+        return Variant(Path(spec).name or spec, read_patch(spec))
     configs: list[MethodConfig] = []
     labels = []
     for part in spec.split("+"):

@@ -20,9 +20,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: bad input gives one sentence and exit code 2."""
-    from . import cli_calibrate, cli_eval
+    from . import cli_calibrate, cli_eval, cli_run
 
     cli_eval.add_commands(app)
+    cli_run.add_commands(app)
     cli_calibrate.add_commands(app)
     try:
         app()
@@ -65,3 +66,7 @@ def check(model: Model, patch: Patches = None, set: Settings = None, patch_args:
 
     variants = parse_variants(patch or [], parse_settings(set or [], patch_args))[1:]
     show_check(model, load_skeleton(model), variants)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,8 @@
-"""`hfpatch calibrate METHOD`: every module of `hfpatch.calibrate` adds its command."""
+"""`hfpatch calibrate METHOD`: modules of `hfpatch.calibrate` add their commands, loaded only when asked for."""
 
 import importlib
 import pkgutil
+import sys
 
 import typer
 
@@ -15,6 +16,9 @@ def add_commands(app: typer.Typer) -> None:
     @group.callback()
     def _group() -> None: ...
 
-    for module in sorted(m.name for m in pkgutil.iter_modules(calibrate.__path__)):
-        importlib.import_module(f"{calibrate.__name__}.{module}").add_commands(group)
+    if "calibrate" in sys.argv[1:2]:
+        for name in sorted(m.name for m in pkgutil.iter_modules(calibrate.__path__)):
+            module = importlib.import_module(f"{calibrate.__name__}.{name}")
+            if hasattr(module, "add_commands"):
+                module.add_commands(group)
     app.add_typer(group, name="calibrate")

@@ -1,11 +1,11 @@
 """Commands that run the model: niah, bench, demo."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_console import console, progress, quieten
+from .cli_console import console
 from .cli_options import (
     Device,
     Dtype,
@@ -19,9 +19,9 @@ from .cli_options import (
     numbers,
     positive,
 )
+from .cli_run import execute_and_show
 
 if TYPE_CHECKING:
-    from .evals.runner import Run
     from .evals.variants import Variant
 
 
@@ -35,19 +35,6 @@ def _variants(patch: list[str] | None, pairs: list[str] | None, patch_args: str 
     from .evals.variants import parse_settings, parse_variants
 
     return parse_variants(patch or [], parse_settings(pairs or [], patch_args))
-
-
-def _go(run: "Run", out: Path, *, fresh: bool = True) -> dict[str, Any]:
-    from .evals.report import write_plots
-    from .evals.runner import execute
-    from .evals.tables import print_results
-
-    quieten()
-    results = execute(run, out, fresh=fresh, progress=progress)
-    print_results(results, console)
-    plots = write_plots(results, out)
-    console.print(f"written to {out}: results.json, samples.jsonl, {', '.join(p.name for p in plots.values())}")
-    return results
 
 
 def niah(
@@ -73,7 +60,9 @@ def niah(
         numbers(lengths, "lengths", low=32), numbers(depths, "depths", low=0, high=100), positive(samples, "samples"),
         haystack, positive(batch_size, "batch-size"),
     )  # fmt: skip
-    _go(Run("niah", model, _variants(patch, set, patch_args), [job], dtype, device, seed), out)
+    execute_and_show(
+        Run("niah", model, _variants(patch, set, patch_args), [job], dtype, device, seed), out, fresh=True
+    )
 
 
 def bench(
@@ -98,7 +87,9 @@ def bench(
     sizes, decoded = numbers(lengths, "lengths", low=16), positive(decode_tokens, "decode-tokens")
     latency = LatencyJob(sizes, decoded, positive(repeats, "repeats"))
     jobs = [latency, MemoryJob(sizes)] if memory else [latency]
-    _go(Run("bench", model, _variants(patch, set, patch_args), jobs, dtype, device, seed), out)
+    execute_and_show(
+        Run("bench", model, _variants(patch, set, patch_args), jobs, dtype, device, seed), out, fresh=True
+    )
 
 
 def demo(out: Out = Path("out/demo"), model: Annotated[str, typer.Option(hidden=True)] = "embedded") -> None:
@@ -107,6 +98,6 @@ def demo(out: Out = Path("out/demo"), model: Annotated[str, typer.Option(hidden=
 
     run = demo_run(model)
     console.print(run.about)
-    results = _go(run, out)
-    for sentence in meaning(results):
+    results = execute_and_show(run, out, fresh=True)
+    for sentence in meaning(results) if results else []:
         console.print(sentence)

@@ -7,11 +7,17 @@ import torch
 from hfpatch.evals.cells import Session
 from hfpatch.evals.errors import EvaluationError
 from hfpatch.evals.generation import complete, pad_left
-from hfpatch.evals.haystack import count_tokens, fill, sentences
 from hfpatch.evals.models import Loaded
 from hfpatch.evals.niah import NiahJob
+from hfpatch.evals.tasks.layout import compose, count_tokens
+from hfpatch.evals.tasks.sources import sentences
 from hfpatch.evals.testbed import text
 from hfpatch.evals.variants import parse_variants
+
+
+def fill(tokenizer, source, needle, tail, length, depth):
+    return compose(tokenizer, [needle], [depth], source, length, tail=tail)
+
 
 NEEDLE, TAIL = text.needle("brisk-otter", "123456"), text.question("brisk-otter")
 
@@ -20,24 +26,24 @@ NEEDLE, TAIL = text.needle("brisk-otter", "123456"), text.question("brisk-otter"
 @pytest.mark.parametrize("length", [63, 257, 1111])
 def test_prompt_fills_the_length_to_within_a_sentence(tokenizer, source, length):
     prompt = fill(tokenizer, sentences(source, random.Random(3)), NEEDLE, TAIL, length, 0.5)
-    assert prompt.tokens == count_tokens(tokenizer, prompt.text) <= length
+    assert prompt.tokens == count_tokens(tokenizer, prompt.prompt) <= length
     drawn = sentences(source, random.Random(3))
     longest = max(count_tokens(tokenizer, next(drawn)) for _ in range(200))
     assert length - prompt.tokens <= longest
-    assert prompt.text.endswith(f"\n{TAIL}")
+    assert prompt.prompt.endswith(f"\n{TAIL}")
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 def test_needle_stands_at_a_sentence_border_near_its_depth(tokenizer, depth):
     prompt = fill(tokenizer, sentences("grammar", random.Random(0)), NEEDLE, TAIL, 900, depth)
-    before, after = prompt.text.removesuffix(f"\n{TAIL}").split(NEEDLE)
+    before, after = prompt.prompt.removesuffix(f"\n{TAIL}").split(NEEDLE)
     share = count_tokens(tokenizer, before) / (count_tokens(tokenizer, before) + count_tokens(tokenizer, after))
-    assert abs(share - depth) < 0.03 and abs(prompt.depth - depth) < 0.03
+    assert abs(share - depth) < 0.03 and abs(prompt.depths[0] - depth) < 0.03
     assert before == "" or before.endswith((". ", "? "))
 
 
 def test_too_short_a_length_says_how_much_is_needed(tokenizer):
-    with pytest.raises(EvaluationError, match="needle and question alone take"):
+    with pytest.raises(EvaluationError, match="question and facts alone take"):
         fill(tokenizer, sentences("grammar", random.Random(0)), NEEDLE, TAIL, 12, 0.5)
 
 
@@ -45,7 +51,7 @@ def test_haystack_file(tokenizer, tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("Bees hum all day. They rest at night. Then it rains.")
     prompt = fill(tokenizer, sentences(str(file), random.Random(0)), NEEDLE, TAIL, 200, 0.5)
-    assert "Bees hum all day. They rest at night. Then it rains. Bees" in prompt.text
+    assert "Bees hum all day. They rest at night. Then it rains. Bees" in prompt.prompt
     with pytest.raises(EvaluationError, match="no haystack"):
         sentences(str(tmp_path / "missing.txt"), random.Random(0))
 

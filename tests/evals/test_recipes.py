@@ -1,0 +1,240 @@
+"""Recipes: malformed ones in one sentence with file and line, shipped ones valid, runs resumed after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hfpatch.evals.cells import Cell, Session
+from hfpatch.evals.errors import EvaluationError
+from hfpatch.evals.estimate import Speed, estimate
+from hfpatch.evals.models import Loaded
+from hfpatch.evals.recipe import FOLDER, find_recipe, list_recipes, load_recipe
+from hfpatch.evals.recipe_run import build_run
+from hfpatch.evals.results import Journal, read_results
+from hfpatch.evals.runner import execute
+from hfpatch.evals.variants import parse_variants
+
+from hfpatch import PatchConfig
+from hfpatch.errors import HfpatchError
+
+GOOD = """model: MODEL
+variants:
+  - patch: streaming
+    settings: {window: 32}
+tasks:
+  - {task: niah, lengths: [128, 256], depths: [0, 100], samples: 2}
+  - {task: multi_key, lengths: [256], samples: 2, options: {distractors: 3}}
+  - {task: perplexity, lengths: [128], samples: 2, buckets: 2}
+"""
+BAD_RECIPES = {
+    "not yaml": ("model: [a\nvariants: all\n", 2, "not valid YAML"),
+    "a list": ("- model: a\n", 1, "a recipe is a mapping"),
+    "empty": ("", 1, "a recipe is a mapping"),
+    "no model": ("variants: all\ntasks: []\n", 1, "needs 'model'"),
+    "no variants": ("model: a\ntasks: []\n", 1, "needs 'variants'"),
+    "unknown key": (GOOD + "modle: b\n", 9, "no setting 'modle'; did you mean 'model'"),
+    "unknown task key": (GOOD.replace("samples: 2}", "smaples: 2}", 1), 6, "no setting 'smaples'"),
+    "unknown task": (GOOD.replace("multi_key", "multi_kay"), 7, "no task called 'multi_kay'"),
+    "unknown option": (GOOD.replace("distractors", "distracters"), 7, "no option 'distracters'"),
+    "unknown method": (GOOD.replace("patch: streaming", "patch: streming"), 3, "did you mean 'streaming'"),
+    "unknown setting": (GOOD.replace("window: 32", "windw: 32"), 4, "no setting 'windw'"),
+    "setting out of range": (GOOD.replace("window: 32", "window: 0"), 4, "out of range"),
+    "setting of wrong type": (GOOD.replace("window: 32", "window: wide"), 4, "wrong type"),
+    "negative length": (GOOD.replace("[128, 256]", "[128, -1]"), 6, "at least 16"),
+    "text for a number": (GOOD.replace("samples: 2", "samples: two", 1), 6, "must be a whole number"),
+    "depth above 100": (GOOD.replace("[0, 100]", "[0, 150]"), 6, "at most 100"),
+    "a key twice": (GOOD + "model: b\n", 9, "'model' is set twice"),
+    "no task": ("model: a\nvariants:\n  - patch: streaming\n", 1, "nothing to do"),
+    "patch and methods": (GOOD.replace("settings: {window: 32}", "methods: [{method: dense}]"), 3, "either 'patch'"),
+    "wrong measure": (GOOD + "measures:\n  - measure: speed\n", 10, "must be one of latency, memory"),
+    "variants misspelt": ("model: a\nvariants: every\ntasks: []\n", 2, "it must be 'all' or a list"),
+    "two jobs alike": (GOOD + "  - {task: niah, lengths: [64]}\n", 9, "two jobs are called 'niah'"),
+    "two variants alike": (GOOD.replace("tasks:", "  - patch: streaming:window=32\ntasks:"), 5, "there twice"),
+    "python object": ("model: !!python/object/apply:os.getcwd []\nvariants: all\n", 1, "not valid YAML"),
+    "methods setting": (
+        GOOD.replace("patch: streaming\n    settings: {window: 32}", "methods:\n    - method: quest\n      budgt: 3"),
+        5, "no setting 'budgt'",
+    ),
+}  # fmt: skip
+BAD_CONFIGS = {
+    "not json": ('{"methods": [\n  {"method": "streaming",}', 2, "not valid"),
+    "no methods": ('{\n"methods": []}', 2, "non-empty list under 'methods'"),
+    "no method": ('{"methods": [\n {"window": 3}]}', 2, "needs a 'method' name"),
+    "unknown method": ('{"methods": [\n {\n"method": "quset"}]}', 3, "did you mean 'quest'"),
+    "setting": ('{"methods": [{"method": "streaming",\n "sink": 4,\n "widow": 3}]}', 3, "no setting 'widow'"),
+    "range": ('{"methods": [{"method": "streaming",\n "sink": -4}]}', 2, "out of range"),
+    "extra": ('{"methods": [{"method": "streaming"}],\n "modle": "x"}', 2, "no setting 'modle'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECIPES)
+def test_malformed_recipe_is_one_sentence_with_file_and_line(tmp_path, name):
+    text, line, sentence = BAD_RECIPES[name]
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(HfpatchError) as raised:
+        build_run(load_recipe(file))
+    told = str(raised.value)
+    assert told.startswith(f"{file}:{line}: ") and sentence in told and "\n" not in told
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_malformed_patch_config_is_one_sentence_with_file_and_line(tmp_path, name):
+    text, line, sentence = BAD_CONFIGS[name]
+    file = tmp_path / "hfpatch_config.json"
+    file.write_text(text)
+    with pytest.raises(HfpatchError) as raised:
+        parse_variants([str(file)])
+    told = str(raised.value)
+    assert told.startswith(f"{file}:{line}: ") and sentence in told and "\n" not in told
+
+
+def test_malformed_recipe_leaves_the_command_with_code_2(tmp_path, monkeypatch, capsys):
+    from hfpatch import cli
+
+    file = tmp_path / "bad.yaml"
+    file.write_text(BAD_RECIPES["unknown key"][0])
+    monkeypatch.setattr(sys, "argv", ["hfpatch", "run", str(file), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and told.startswith(f"hfpatch: {file}:9: ") and len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted(FOLDER.glob("*.yaml"))])
+def test_shipped_recipes_are_valid_and_say_what_they_answer(name, folder):
+    found = load_recipe(find_recipe(name))
+    assert len(found.data["about"]) > 20 and found.data["output"] == f"out/{name}"
+    run = build_run(load_recipe(find_recipe(name), [f"model={folder}"]))
+    assert run.variants[0].name == "dense" and len(run.variants) > 1 and run.cells()
+
+
+def test_unknown_recipe_has_near_names():
+    assert "quickstart" in list_recipes()
+    with pytest.raises(EvaluationError, match="did you mean 'quickstart'"):
+        find_recipe("quick-start")
+
+
+def recipe(tmp_path, folder, text=GOOD):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text.replace("MODEL", folder))
+    return file
+
+
+def test_overrides_reach_jobs_by_name_and_are_checked(tmp_path, folder):
+    file = recipe(tmp_path, folder)
+    run = build_run(
+        load_recipe(file, ["seed=3", "niah.samples=5", "tasks.0.lengths=[64]", "variants.0.settings.window=9"])
+    )
+    assert (run.seed, run.jobs[0].samples, run.jobs[0].lengths) == (3, 5, [64])
+    assert run.variants[1].config.methods[0].window == 9
+    for override, sentence in {
+        "niah.smaples=1": "no setting 'smaples'", "seed": "not of the form", "tasks.9.samples=1": "there is no '9'",
+        "niah.samples=none": "must be a whole number",
+    }.items():  # fmt: skip
+        with pytest.raises(HfpatchError, match=sentence):
+            load_recipe(file, [override])
+
+
+def timeless(results):
+    data = json.loads(json.dumps(results))
+    data.pop("seconds")
+    return data
+
+
+def test_killed_run_resumes_to_the_same_results(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = recipe(tmp_path, folder, GOOD.replace("depths: [0, 100], samples: 2", "depths: [0, 100], samples: 10"))
+    whole = execute(build_run(load_recipe(file)), tmp_path / "whole")
+    journal = tmp_path / "killed" / "cells.jsonl"
+    command = [sys.executable, "-m", "hfpatch.cli", "run", str(file), "--out", str(journal.parent)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (journal.is_file() and journal.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = journal.read_text().splitlines()
+    assert not (journal.parent / "results.json").exists() and 2 <= len(before) < 1 + len(whole["jobs"]) * 4
+    with journal.open("a") as torn:
+        torn.write('{"cell": "niah | dense | 256", "da')
+    resumed = execute(build_run(load_recipe(file)), journal.parent)
+    assert timeless(resumed) == timeless(whole)
+    assert journal.read_text().splitlines()[: len(before)] == before
+    samples = (journal.parent / "samples.jsonl").read_text()
+    assert samples == (tmp_path / "whole" / "samples.jsonl").read_text()
+    assert len(samples.splitlines()) == 2 * (2 * 20 + 2 + 2)
+
+
+def test_finished_run_is_not_repeated_and_other_arguments_are_refused(tmp_path, folder, monkeypatch):
+    file = recipe(tmp_path, folder)
+    first = execute(build_run(load_recipe(file)), tmp_path / "out")
+    monkeypatch.setattr("hfpatch.evals.niah.NiahJob.run", None)
+    assert timeless(execute(build_run(load_recipe(file)), tmp_path / "out")) == timeless(first)
+    assert timeless(read_results(tmp_path / "out")) == timeless(first)
+    with pytest.raises(EvaluationError, match="other arguments"):
+        execute(build_run(load_recipe(file, ["seed=1"])), tmp_path / "out")
+
+
+def test_one_of_two_processes_does_its_share_and_one_alone_finishes_it(tmp_path, folder, monkeypatch):
+    file = recipe(tmp_path, folder)
+    alone = execute(build_run(load_recipe(file)), tmp_path / "alone")
+    monkeypatch.setattr("hfpatch.evals.shards.Shard.barrier", lambda self: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "shared"
+    Journal(out / "cells.jsonl", build_run(load_recipe(file)).arguments()).open()
+    monkeypatch.setenv("RANK", "1")
+    assert execute(build_run(load_recipe(file)), out) is None
+    mine = Journal(out / "cells.1.jsonl", build_run(load_recipe(file)).arguments()).open().done
+    assert 0 < len(mine) < len(build_run(load_recipe(file)).cells())
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert timeless(execute(build_run(load_recipe(file)), out)) == timeless(alone)
+    assert not list(out.glob("cells.*.jsonl"))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_the_same_scores_as_one_process(tmp_path, folder):
+    file = recipe(tmp_path, folder)
+    alone = execute(build_run(load_recipe(file)), tmp_path / "alone")
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
+    command = [*launch, "-m", "hfpatch.cli", "run", str(file), "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = timeless(read_results(tmp_path / "two"))
+    assert [j["rows"] for j in two["jobs"]] == [j["rows"] for j in timeless(alone)["jobs"]]
+
+
+def test_estimate_counts_prompts_and_grows_with_length(tmp_path, folder, model, tokenizer):
+    text = GOOD + "measures:\n  - {measure: latency, lengths: [64, 2048], decode_tokens: 4, repeats: 3}\n"
+    run = build_run(load_recipe(recipe(tmp_path, folder, text)))
+    session = Session(folder, run.variants)
+    session.loaded = Loaded(folder, model, tokenizer)
+    niah, key, _, latency = estimate(run, session, Speed(linear=1.0, square=0.5, token=2.0, load=3.0))
+    assert (niah.cells, niah.prompts, key.prompts, latency.prompts) == (4, 16, 4, 20)
+    assert niah.seconds == sum(8 * (n + n * n / 2 + 20) for n in (128, 256))
+    assert latency.peak > niah.peak > sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_variants_all_leaves_out_what_needs_training(folder):
+    notes = []
+    from hfpatch.evals.recipe_run import all_variants
+
+    names = [v.name for v in all_variants(folder, notes)]
+    assert names[:1] == ["dense"] and {"streaming", "quest", "dense through hfpatch"} <= set(names)
+    assert "gated" not in names and any(n.startswith("gated is left out") for n in notes)
+
+
+def test_cells_are_named_by_job_variant_and_length():
+    assert Cell("niah", "dense", 512).key == "niah | dense | 512"
+
+
+def test_good_patch_config_with_lines_is_read(tmp_path):
+    (_, made) = parse_variants(["streaming:window=7"])
+    made.config.save_pretrained(tmp_path)
+    assert parse_variants([str(tmp_path)])[1].config == PatchConfig.from_pretrained(tmp_path)
