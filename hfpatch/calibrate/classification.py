@@ -47,7 +47,7 @@ def make_examples(rows: Iterable[dict[str, Any]], where: str) -> list[Example]:
 def hub_examples(
     name: str, split: str, count: int, prompt: str, answer: str, names: Sequence[str] = ()
 ) -> list[Example]:
-    """`count` examples drawn from a Hub data set: `prompt` is a template over its fields, `answer` the field with the label.
+    """`count` examples drawn from a Hub data set: `prompt` is a template over its fields, `answer` a field.
 
     `names` are the labels' texts by number, for fields that hold numbers. Needs the extra `eval`.
     """

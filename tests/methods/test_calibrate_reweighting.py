@@ -18,6 +18,7 @@ from hfpatch.calibrate.classification import (
     Example,
     Questions,
     embedded_examples,
+    hub_examples,
     make_examples,
     read_examples,
 )
@@ -148,6 +149,16 @@ def test_examples_from_files_and_templates(tmp_path: Path) -> None:
     drawn = embedded_examples(5)
     assert len({e.prompt for e in drawn}) == 5 and drawn == embedded_examples(5)
     assert all(e.answer in e.labels and len(e.labels) == 3 and e.prompt.endswith("Topic:") for e in drawn)
+
+
+def test_examples_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": f"t{n}", "label": n % 2} for n in range(20)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    drawn = hub_examples("owner/name", "train", 9, "Say {text}:", "label", [" no", " yes"])
+    assert len(drawn) == 9 and {e.answer for e in drawn} == {" no", " yes"}
+    assert all(e.answer == (" no", " yes")[int(e.prompt[5:-1]) % 2] for e in drawn)
+    assert hub_examples("owner/name", "train", 99, "{text}", "text")[0].labels[0] == " t0"
 
 
 def test_gates_are_trained_saved_and_measured(tmp_path: Path) -> None:
