@@ -1,7 +1,6 @@
 """How much a query block wants a chunk, from the chunk's mean key and the variance of its keys."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,37 +9,12 @@ RULES = ("mass", "mean", "centered", "bands")
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Channels RoPE turns, paired by halves: the first `share` of them, or the last `tail` in latent attention."""
-
-    share: float = 1.0
-    tail: int = 0
-
-    @classmethod
-    def of(cls, config: Any) -> "Rotary":
-        """As a model's text config says; all channels where it says nothing."""
-        rope = getattr(config, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)
-        return cls(rope.get("partial_rotary_factor") or 1.0, getattr(config, "qk_rope_head_dim", None) or 0)
-
-    def partner(self, d: int, device: torch.device) -> Tensor:
-        """For each of `d` channels the other one of its plane, itself where nothing turns, `[D]`."""
-        turned = self.tail or int(d * self.share)
-        start, half = (d - turned if self.tail else 0), turned // 2
-        other = torch.arange(d, device=device)
-        other[start : start + half] += half
-        other[start + half : start + 2 * half] -= half
-        return other
-
-
-@dataclass(frozen=True)
 class Chunks:
-    """Mean and variance of the keys of all chunks, `statistics [B, Hkv, C, 2 D]`, and their spans `[B, C]`."""
+    """Means and variances of the keys of all chunks, `statistics [B, Hkv, C, 2 D]`, and their spans `[B, C]`."""
 
     statistics: Tensor
     starts: Tensor
     ends: Tensor
-    rotary: Rotary = Rotary()
 
     @property
     def length(self) -> Tensor:
@@ -50,15 +24,6 @@ class Chunks:
     def before(self, upto: Tensor) -> Tensor:
         """Which chunks lie wholly before `upto [nQ]`, `[B, 1, nQ, C]`: what a causal normaliser may look at."""
         return ((self.ends[:, None] <= upto[:, None]) & (self.length[:, None] > 0))[:, None]
-
-    def moments(self) -> Tensor:
-        """Mean and variance `[B, Hkv, C, 2 D]`, variances averaged over the two channels of a rotary plane.
-
-        So a query's estimate does not depend on where position 0 lies, as q k does not.
-        """
-        mean, variance = self.statistics.chunk(2, -1)
-        other = self.rotary.partner(mean.shape[-1], mean.device)
-        return torch.cat([mean, (variance + variance.index_select(-1, other)) / 2], -1)
 
     def represent(self, shared: bool) -> Tensor:
         """The paper's `sqrt(len) * mean(k)`, `[B, Hkv or 1, C, D]`: its noise does not depend on the length."""
@@ -93,7 +58,7 @@ def _mass(q: Tensor, chunks: Chunks, upto: Tensor, scale: float, shared: bool) -
     b, hq, n, d = q.shape
     hkv = chunks.statistics.shape[1]
     wanted = torch.cat([q * scale, q.square() * (0.5 * scale * scale)], -1)
-    logits = (wanted.view(b, hkv, -1, 2 * d) @ chunks.moments().mT).view(b, hq, n, -1)
+    logits = (wanted.view(b, hkv, -1, 2 * d) @ chunks.statistics.mT).view(b, hq, n, -1)
     length = chunks.length
     padding = torch.where(length > 0, length.log(), -torch.inf)[:, None, None]
     total = (logits + padding).masked_fill(~chunks.before(upto), -torch.inf).logsumexp(-1, keepdim=True)

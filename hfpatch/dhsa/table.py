@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .boundaries import to_list
+from .rotary import Rotary
 
 Finder = Callable[[int, int], Tensor]
+ALL = Rotary()
 
 
 def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
@@ -33,11 +35,6 @@ def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
     return out
 
 
-def _spread(sums: Tensor, length: Tensor) -> Tensor:
-    mean, square = (sums / length).chunk(2, -1)
-    return torch.cat([mean, (square - mean.square()).clamp_min(0)], -1)
-
-
 @dataclass(eq=False)
 class ChunkTable:
     """Chunks of the rows' first `closed` tokens; tokens `closed .. seen` form one open chunk.
@@ -49,18 +46,20 @@ class ChunkTable:
     starts: Tensor
     sums: Tensor
     open: Tensor
+    rotary: Rotary = ALL
     closed: int = 0
     seen: int = 0
-    _means: Tensor | None = None
+    _moments: Tensor | None = None
 
     @classmethod
-    def empty(cls, k: Tensor) -> ChunkTable:
+    def empty(cls, k: Tensor, rotary: Rotary = ALL) -> ChunkTable:
         """A table without tokens for keys like `k [B, Hkv, L, D]`."""
         b, h, _, d = k.shape
         return cls(
             torch.zeros(b, 0, dtype=torch.long, device=k.device),
             torch.zeros(b, h, 0, 2 * d, device=k.device),
             torch.zeros(b, h, 2 * d, device=k.device),
+            rotary,
         )
 
     @property
@@ -70,12 +69,26 @@ class ChunkTable:
         return starts, F.pad(starts[:, 1:], (0, 1), value=self.seen)
 
     def statistics(self) -> Tensor:
-        """Mean and variance of the keys of every chunk, `[B, Hkv, C + 1, 2 D]`; zeros for empty chunks."""
+        """Means and variances of the keys of every chunk, `[B, Hkv, C + 1, 2 D]`; zeros for empty chunks.
+
+        Variances are averaged over the two channels of a rotary plane, so that what a query makes of them does not
+        depend on where position 0 lies, as q k does not. Those of closed chunks are kept from call to call.
+        """
         starts, ends = self.spans
-        length = (ends - starts).clamp_min(1)
-        if self._means is None:
-            self._means = _spread(self.sums, length[:, None, :-1, None])
-        return torch.cat([self._means, _spread(self.open[:, :, None], length[:, None, -1:, None])], 2)
+        length = (ends - starts).clamp_min(1)[:, None, :, None]
+        if self._moments is None:
+            self._moments = self._spread(torch.cat([self.sums, self.open[:, :, None]], 2), length)
+        else:
+            if self._moments.is_inference() and not torch.is_inference_mode_enabled():
+                self._moments = self._moments.clone()
+            self._moments[:, :, -1:] = self._spread(self.open[:, :, None], length[:, :, -1:])
+        return self._moments
+
+    def _spread(self, sums: Tensor, length: Tensor) -> Tensor:
+        mean, square = (sums / length).chunk(2, -1)
+        variance = (square - mean.square()).clamp_min_(0)
+        other = self.rotary.partner(mean.shape[-1], mean.device)
+        return torch.cat([mean, (variance + variance.index_select(-1, other)) / 2], -1)
 
     def close(self, k: Tensor, find: Finder) -> None:
         """Cut tokens `closed .. Lk` of `k [B, Hkv, Lk, D]` into chunks; `find(start, stop)` gives flags `[B, n]`."""
@@ -86,7 +99,7 @@ class ChunkTable:
             self.starts = torch.cat([self.starts, starts], 1)
         self.closed = self.seen = stop
         self.open = torch.zeros_like(self.open)
-        self._means = None
+        self._moments = None
 
     def grow(self, k: Tensor) -> None:
         """Let the open chunk reach to the end of `k [B, Hkv, Lk, D]`; forgets open tokens the cache has dropped."""
@@ -102,4 +115,4 @@ class ChunkTable:
     def reorder(self, index: Tensor) -> ChunkTable:
         """The table of batch rows `index`, as beams move."""
         index = index.to(self.starts.device)
-        return ChunkTable(self.starts[index], self.sums[index], self.open[index], self.closed, self.seen)
+        return ChunkTable(self.starts[index], self.sums[index], self.open[index], self.rotary, self.closed, self.seen)

@@ -14,7 +14,8 @@ from ..dhsa import boundaries as cutting
 from ..dhsa.choose import Room, choose
 from ..dhsa.labels import mass_ratio
 from ..dhsa.predictor import BoundaryPredictor, load_predictor
-from ..dhsa.score import RULES, Chunks, Rotary, pool_queries, score_chunks
+from ..dhsa.rotary import Rotary
+from ..dhsa.score import RULES, Chunks, pool_queries, score_chunks
 from ..dhsa.table import ChunkTable
 from ..errors import ConfigError
 from ..method import Method
@@ -171,9 +172,7 @@ class Dhsa(Method):
         room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units)
         starts, ends = table.spans
         q = pool_queries(call.q[:, :, dense:stop], block)
-        score = score_chunks(
-            q, Chunks(table.statistics(), starts, ends, self.rotary), s.score, begin, call.scale, s.heads == "all"
-        )
+        score = score_chunks(q, Chunks(table.statistics(), starts, ends), s.score, begin, call.scale, s.heads == "all")
         lists = choose(score, starts // a, ends // a, room, block, a)
         parts = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
@@ -183,7 +182,7 @@ class Dhsa(Method):
         """The chunk table brought up to date; built anew from the keys when it is gone or the cache was cut back."""
         table = call.state.get(KEY)
         if table is None or table.closed > call.off:
-            table = ChunkTable.empty(call.k)
+            table = ChunkTable.empty(call.k, self.rotary)
             call.state[KEY] = table
         s, fresh = self.settings, table.closed == 0
         if call.Lq >= s.block_q or (fresh and call.Lq > 1):

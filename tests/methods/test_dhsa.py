@@ -12,7 +12,8 @@ from torch import Tensor
 from hfpatch import ConfigError, get_method, patched
 from hfpatch.call import AttentionCall
 from hfpatch.dhsa import boundaries
-from hfpatch.dhsa.score import Chunks, Rotary, score_chunks
+from hfpatch.dhsa.rotary import Rotary
+from hfpatch.dhsa.score import Chunks, score_chunks
 from hfpatch.dhsa.table import ChunkTable, chunk_sums
 from hfpatch.methods.dhsa import KEY, Dhsa
 from hfpatch.selection import Selection
@@ -249,9 +250,9 @@ def test_mass_does_not_depend_on_where_positions_begin(rotary: Rotary) -> None:
         return x
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
-        table = ChunkTable.empty(k)
+        table = ChunkTable.empty(k, rotary)
         table.close(k, lambda start, stop: boundaries.fixed(1, 0, 96, 8, k.device))
-        return score_chunks(q, Chunks(table.statistics(), *table.spans, rotary), "mass", upto, 0.25)
+        return score_chunks(q, Chunks(table.statistics(), *table.spans), "mass", upto, 0.25)
 
     torch.testing.assert_close(scores(turn(q), turn(k)), scores(q, k), rtol=1e-4, atol=1e-4)
 
