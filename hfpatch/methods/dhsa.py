@@ -169,7 +169,7 @@ class Dhsa(Method):
         begin = torch.arange(call.off + dense, call.off + stop, block, device=call.q.device)
         end = (begin + block).clamp(max=call.off + stop)
         sink = -(-s.sink // a)
-        room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units)
+        room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units, call.Lk // a)
         starts, ends = table.spans
         q = pool_queries(call.q[:, :, dense:stop], block)
         score = score_chunks(q, Chunks(table.statistics(), starts, ends), s.score, begin, call.scale, s.heads == "all")
