@@ -118,7 +118,14 @@ def _section(job: Row, image: Path) -> Row:
     title = title.format(label=job["label"])
     if job["label"] not in (job["kind"], title.split()[-1]):
         title = f"{title} ({job['label']})"
-    return {"title": title, "how": how, "image": _data_uri(image), "table": table, "lines": lines}
+    return {
+        "title": title,
+        "how": how,
+        "image": _data_uri(image),
+        "wide": job["kind"] in ("niah", "latency"),
+        "table": table,
+        "lines": lines,
+    }
 
 
 def _pivot(job: Row) -> tuple[list[str], list[int]]:
@@ -162,11 +169,12 @@ def _perplexity(job: Row) -> tuple[Row, list[str]]:
     names, lengths = _pivot(job)
     longest = [r for r in job["rows"] if r["length"] == lengths[-1]]
     spans = sorted({(r["start"], r["stop"]) for r in longest})
+    spans = spans[:: -(-len(spans) // 6)]
     body = []
     for name in names:
         own = {(r["start"], r["stop"]): r["perplexity"] for r in longest if r["variant"] == name}
         body.append([cell(name), *(cell(f"{own[s]:.2f}" if s in own else "") for s in spans)])
-    return _table(["tokens", *(f"{a} to {b - 1}" for a, b in spans)], body), []
+    return _table(["perplexity", *(f"from {a}" for a, _ in spans)], body), []
 
 
 def _starts(rows: Sequence[Row]) -> list[int]:

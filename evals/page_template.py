@@ -22,7 +22,8 @@ th { font-weight: 600; background: var(--wash); }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 tr.rule td { border-top: 2px solid var(--line); }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-img { max-width: 100%; height: auto; margin: .8rem 0; }
+img { max-width: min(100%, 760px); max-height: 560px; height: auto; margin: .8rem 0; }
+img.wide { max-width: 100%; max-height: none; }
 details { margin-top: .6rem; } summary { cursor: pointer; color: var(--soft); }
 pre { background: var(--wash); padding: .8rem 1rem; border-radius: 8px; overflow-x: auto; font-size: .82rem; }
 """
@@ -51,7 +52,7 @@ A good method stays up while going left.</p>
 {% for s in sections %}
 <h2>{{ s.title }}</h2>
 <p class="how">{{ s.how }}</p>
-<img src="{{ s.image }}" alt="{{ s.title }}">
+<img {% if s.wide %}class="wide" {% endif %}src="{{ s.image }}" alt="{{ s.title }}">
 {{ table(s.table) }}
 {% for line in s.lines %}<p class="note">{{ line }}</p>{% endfor %}
 {% endfor %}

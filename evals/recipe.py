@@ -70,6 +70,8 @@ def validate(found: Located, *, whole: bool = True) -> None:
             raise found.error(("variants", n), "a variant has either 'patch' or 'methods'.")
         if "settings" in variant and "methods" in variant:
             raise found.error(("variants", n, "settings"), "put settings beside each 'method' of 'methods'.")
+    if "settings" in found.data and found.data["variants"] != "all":
+        raise found.error(("settings",), "'settings' goes with 'variants: all'; put it into the variants instead.")
     if not (found.data.get("tasks") or found.data.get("measures")):
         raise found.error((), "there is nothing to do; add 'tasks' or 'measures'.")
 

@@ -19,7 +19,7 @@ from .perplexity_job import PerplexityJob
 from .runner import Run
 from .task_job import TaskJob
 from .tasks import get_task
-from .variants import DENSE, Variant, make_variant, parse_variants
+from .variants import DENSE, THROUGH, Variant, make_variant, parse_variants
 
 JOBS: dict[str, Any] = {
     "niah": NiahJob, "perplexity": PerplexityJob, "lm-eval": LmEvalJob, "latency": LatencyJob, "memory": MemoryJob,
@@ -30,7 +30,7 @@ def build_run(found: Located) -> Run:
     """The run a checked recipe describes. Raises FileError, HfpatchError."""
     data = found.data
     notes: list[str] = []
-    variants = all_variants(data["model"], notes) if data["variants"] == "all" else _variants(found)
+    variants = all_variants(found, notes) if data["variants"] == "all" else _variants(found)
     return Run(
         title=data.get("title", "recipe"),
         model=data["model"],
@@ -44,15 +44,18 @@ def build_run(found: Located) -> Run:
     )
 
 
-def all_variants(model_name: str, notes: list[str]) -> list[Variant]:
-    """Dense and every method with its defaults that needs no training; those the model refuses go to `notes`."""
-    model = load_skeleton(model_name)
+def all_variants(found: Located, notes: list[str]) -> list[Variant]:
+    """Dense and every method that needs no training, with the recipe's settings for it; the rest goes to `notes`."""
+    model = load_skeleton(found.data["model"])
     variants = [Variant(DENSE)]
+    settings = found.data.get("settings", {})
+    for name, own in settings.items():
+        checked_config(found, ("settings", name), ("settings", name), name, own)
     for name in list_methods():
         if get_method(name).trained:
             notes.append(f"{name} is left out: it needs training.")
             continue
-        variant = make_variant("dense through hfpatch" if name == DENSE else name, [(name, {})])
+        variant = make_variant(THROUGH if name == DENSE else name, [(name, settings.get(name, {}))])
         try:
             with variant.applied(model):
                 pass

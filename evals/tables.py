@@ -18,7 +18,9 @@ Row = dict[str, Any]
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE)
     for n, column in enumerate(columns):
-        table.add_column(column, justify="left" if n == 0 else "right", no_wrap=n > 0)
+        table.add_column(
+            column, justify="left" if n == 0 else "right", no_wrap=n > 0, overflow="fold", min_width=0 if n else 14
+        )
     return table
 
 
@@ -54,18 +56,18 @@ def _spread(summary: Row, speedup: float, more: str = "") -> Text:
 def latency_table(job: Row) -> RenderableType:
     """Times with their spread and the ratio to dense, then the break-even lengths."""
     title = f"{job['label']}: median (spread) over {job['settings']['repeats']} interleaved runs"
-    table = _table(title, "variant", "prompt", "to first token", "per further token", "keys")
+    table = _table(title, "variant", "prompt", "to first token", "per further token")
     length = None
     for r in sorted(job["rows"], key=lambda r: r["length"]):
         if length not in (None, r["length"]):
             table.add_section()
         length = r["length"]
+        keys = f"{r['density_prefill']:.0%}, {r['density_decode']:.0%}"
         table.add_row(
-            Text(r["variant"]), tokens(length), _spread(r["ttft"], r["ttft_speedup"]),
+            Text(r["variant"]), f"{tokens(length)}\n{keys}", _spread(r["ttft"], r["ttft_speedup"]),
             _spread(r["tpot"], r["tpot_speedup"], f", {r['tokens_per_second']:.0f}/s"),
-            f"{r['density_prefill']:.0%}\n{r['density_decode']:.0%}",
         )  # fmt: skip
-    lines = ["x dense: how many times as fast as dense in this run; keys: attended in prefill, in decoding"]
+    lines = ["x dense: how many times as fast as dense in this run; keys: share attended in prefill, in decoding"]
     kinds = {"ttft": "prefill", "tpot": "decoding"}
     lines += [f"{b['variant']}: {kinds[b['measure']]} is {break_even_text(b)}" for b in job["break_even"]]
     return Group(table, *(Text(line, style="dim") for line in lines))
@@ -93,8 +95,9 @@ def perplexity_table(job: Row) -> RenderableType:
     longest = max(r["length"] for r in job["rows"])
     rows = [r for r in job["rows"] if r["length"] == longest]
     spans = sorted({(r["start"], r["stop"]) for r in rows})
+    spans = spans[:: -(-len(spans) // 4)]
     title = f"{job['label']}: perplexity by position, prompts of {longest} tokens"
-    table = _table(title, "variant", *(f"{a}-{b - 1}" for a, b in spans))
+    table = _table(title, "variant", *(f"from {a}" for a, _ in spans))
     for name in names_of(rows):
         own = {(r["start"], r["stop"]): r["perplexity"] for r in rows if r["variant"] == name}
         table.add_row(Text(name), *(f"{own[s]:.2f}" if s in own else "" for s in spans))

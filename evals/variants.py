@@ -18,7 +18,7 @@ from hfpatch.registry import make_config
 
 from .patch_files import read_patch
 
-DENSE = "dense"
+DENSE, THROUGH = "dense", "dense through hfpatch"
 _PART = re.compile(r"(?P<name>[\w-]+)(?::(?P<settings>.*))?", re.DOTALL)
 
 
@@ -132,7 +132,7 @@ def _variant(spec: str, settings: dict[str, Any], unused: set[str]) -> Variant:
         configs.append(make_config(name, chosen))
         labels.append(name + (":" + ",".join(f"{k}={v}" for k, v in chosen.items()) if chosen else ""))
     label = "+".join(labels)
-    return Variant("dense through hfpatch" if label == DENSE else label, PatchConfig(configs))
+    return Variant(THROUGH if label == DENSE else label, PatchConfig(configs))
 
 
 def _is_path(spec: str) -> bool:

@@ -221,13 +221,19 @@ def test_estimate_counts_prompts_and_grows_with_length(tmp_path, folder, model, 
     assert latency.peak > niah.peak > sum(p.numel() * 4 for p in model.parameters())
 
 
-def test_variants_all_leaves_out_what_needs_training(folder):
-    notes = []
-    from hfpatch.evals.recipe_run import all_variants
-
-    names = [v.name for v in all_variants(folder, notes)]
-    assert names[:1] == ["dense"] and {"streaming", "quest", "dense through hfpatch"} <= set(names)
-    assert "gated" not in names and any(n.startswith("gated is left out") for n in notes)
+def test_variants_all_are_all_that_need_no_training_with_their_own_settings(tmp_path, folder):
+    text = f"model: {folder}\nvariants: all\nsettings:\n  streaming: {{window: 9}}\n"
+    text += "tasks: [{task: niah, lengths: [64]}]\n"
+    file = recipe(tmp_path, folder, text)
+    run = build_run(load_recipe(file))
+    configs = {v.name: v.config for v in run.variants}
+    assert {"dense", "streaming", "quest", "dense through hfpatch"} <= set(configs) and configs["dense"] is None
+    assert configs["streaming"].methods[0].window == 9
+    assert "gated" not in configs and any(n.startswith("gated is left out") for n in run.notes)
+    for wrong, line, sentence in (("window: 0", 4, "out of range"), ("windw: 3", 4, "no setting 'windw'")):
+        file.write_text(text.replace("window: 9", wrong))
+        with pytest.raises(HfpatchError, match=rf":{line}: .*{sentence}"):
+            build_run(load_recipe(file))
 
 
 def test_cells_are_named_by_job_variant_and_length():

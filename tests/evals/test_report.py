@@ -1,0 +1,120 @@
+"""The report of a run: every plot and table is there, nothing is fetched from elsewhere, two runs can be compared."""
+
+import base64
+import json
+import re
+from io import StringIO
+
+import pytest
+from hfpatch.evals.compare import differences, print_comparison, values
+from hfpatch.evals.errors import EvaluationError
+from hfpatch.evals.recipe import load_recipe
+from hfpatch.evals.recipe_run import build_run
+from hfpatch.evals.report import write_report
+from hfpatch.evals.results import read_results
+from hfpatch.evals.runner import execute
+from hfpatch.evals.stats import memory_text, time_text, tokens
+from hfpatch.evals.summary import headline, score_points, sentences
+from hfpatch.evals.tables import print_results
+from rich.console import Console
+
+RECIPE = """title: Small <run>
+about: Is it still right & is it faster?
+model: {folder}
+variants:
+  - patch: streaming:window=32
+  - patch: quest:budget=16,min_length=0
+tasks:
+  - {{task: niah, lengths: [128, 256], depths: [0, 100], samples: 1}}
+  - {{task: multi_key, lengths: [256], samples: 2}}
+  - {{task: perplexity, lengths: [128], samples: 1, buckets: 2}}
+measures:
+  - {{measure: latency, lengths: [64, 257], decode_tokens: 2, repeats: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def out(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    (out / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    results = execute(build_run(load_recipe(out / "recipe.yaml")), out)
+    memory = [
+        {"variant": v["name"], "length": n, "peak_prefill": n * 2**20, "peak_decode": n * 2**19, "peak": n * 2**20,
+         "ratio": 1.0, "how": "made up", "question_in_sparse_part": False}
+        for v in results["variants"] for n in (64, 257)
+    ]  # fmt: skip
+    results["jobs"].append({"label": "memory", "kind": "memory", "settings": {}, "rows": memory})
+    (out / "results.json").write_text(json.dumps(results))
+    return out
+
+
+def test_page_is_complete_and_self_contained(out):
+    results = read_results(out)
+    files = write_report(results, out)
+    page = (out / "report.html").read_text()
+    pngs = [f for f in files if f.suffix == ".png"]
+    assert len(pngs) == 6 and all(f.read_bytes().startswith(b"\x89PNG") for f in pngs)
+    images = re.findall(r'src="([^"]*)"', page)
+    assert len(images) == 6 and all(i.startswith("data:image/png;base64,") for i in images)
+    assert {base64.b64decode(i.split(",")[1]) for i in images} == {f.read_bytes() for f in pngs}
+    assert not re.search(r'(?:href|src)="(?!data:)', page) and "http://" not in page
+    assert "<title>Small &lt;run&gt;" in page and "right &amp; is" in page
+    for heading in ("The answer", "Accuracy against density", "Needle in a haystack", "Task multi_key", "Latency",
+                    "Perplexity by position", "Peak memory", "How it was made"):  # fmt: skip
+        assert f"<h2>{heading}</h2>" in page
+    for version in results["environment"]["versions"].values():
+        assert version in page
+
+
+def test_tables_fit_a_narrow_terminal_and_name_every_variant(out):
+    told = StringIO()
+    results = read_results(out)
+    print_results(results, Console(file=told, width=80))
+    text = told.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "x dense" in text and "perplexity by position" in text and "needles found" in text
+    assert text.count("streaming:window=32") >= 3
+
+
+def test_headline_takes_speed_of_the_longest_prompts_and_decode_density_of_decode_methods(out):
+    results = read_results(out)
+    dense, streaming, quest = headline(results)
+    latency = {(r["variant"], r["length"]): r for r in results["jobs"][3]["rows"]}
+    assert dense["ttft"] == 1.0 and streaming["ttft"] == latency["streaming:window=32", 257]["ttft_speedup"]
+    points = {p["variant"]: p for p in score_points(results)}
+    assert points["dense"]["density"] == 1.0 and points["quest:budget=16,min_length=0"]["density"] < 0.5
+    rows = [r for j in results["jobs"][:2] for r in j["rows"] if r["variant"] == "quest:budget=16,min_length=0"]
+    assert all(r["density_prefill"] == 1.0 for r in rows)
+    assert len(sentences(results)) == 2 and sentences(results)[1].startswith("quest:budget=16,min_length=0 scores")
+    assert quest["memory"] == 1.0
+
+
+def test_comparison_shows_what_changed_and_what_was_made_differently(out):
+    a, b = read_results(out), read_results(out)
+    b["jobs"][1]["rows"][0]["score"] = 0.125
+    b["jobs"][3]["rows"][0]["ttft"]["median"] *= 2
+    b["environment"]["versions"]["torch"] = "9.9"
+    del b["jobs"][2]
+    told = StringIO()
+    print_comparison(a, b, ("first", "second"), Console(file=told, width=160))
+    text = told.getvalue()
+    assert "multi_key: score" in text and "12.5%" in text and "+100.0%" in text
+    assert "numbers are in first only" in text and "against 9.9" in text
+    assert text.count("dense") == 2 and differences(a, a) == []
+    assert values(a)[("niah: score", "dense", "128")] == sum(
+        r["score"] for r in a["jobs"][0]["rows"] if (r["variant"], r["length"]) == ("dense", 128)
+    ) / 2  # fmt: skip
+
+
+def test_compare_refuses_what_is_no_result(tmp_path):
+    with pytest.raises(EvaluationError, match="There is no results"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(EvaluationError, match="not written by hfpatch"):
+        read_results(tmp_path)
+
+
+def test_units():
+    assert [tokens(n) for n in (300, 512, 1024, 1536, 32768)] == ["300", "512", "1k", "1.5k", "32k"]
+    assert [time_text(s) for s in (0.0123, 1.5, 150)] == ["12.3 ms", "1.50 s", "2.5 min"]
+    assert [memory_text(b) for b in (3 * 2**20, 3 * 2**30)] == ["3 MiB", "3.00 GiB"]
