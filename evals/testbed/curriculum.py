@@ -1,4 +1,7 @@
-"""Stages of the curriculum, from dense recall of short lists to single needles in thousands of tokens."""
+"""Stages of the curriculum, from dense recall of short lists to single needles in thousands of tokens.
+
+A stage opens the next one at the accuracy bar; `REPLAYED_ONLY` holds what comes up beside every stage.
+"""
 
 from .data import Stage
 
@@ -19,3 +22,5 @@ STAGES: tuple[Stage, ...] = (
     Stage(2048, 2, fill=1.0, per_sample=(1, 16), short=0.1, tasks=_MIX, reach=32768, dilute=True),
     Stage(4096, 1, fill=1.0, per_sample=(4, 20), short=0.1, tasks=_MIX, reach=32768),
 )
+
+REPLAYED_ONLY = (Stage(192, 16, fill=0.2, per_sample=(1, 1), tasks={"fewshot": 1.0}),) * 3

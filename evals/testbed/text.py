@@ -213,8 +213,9 @@ def fewshot(rng: random.Random, shots: int = 6) -> Task:
     labels = rng.sample(sorted(TOPICS), 3)
 
     def example(label: str) -> tuple[str, str]:
-        form = rng.choice(("I saw the {a} {n} {t}.", "The {n} was {a} {t}.", "We spoke of a {a} {n} {t}."))
-        told = form.format(a=rng.choice(ADJECTIVES), n=rng.choice(TOPICS[label]), t=rng.choice(TIMES))
+        form = rng.choice(("I saw the {a} {n}.", "{t} we spoke of a {a} {n}.", "There was no {a} {n}."))
+        when = rng.choice(TIMES).capitalize()
+        told = form.format(a=rng.choice(ADJECTIVES), n=rng.choice(TOPICS[label]), t=when)
         return f"Text: {told} Topic:", f" {label}."
 
     facts = ["".join(example(labels[i % 3])) for i in range(shots)]

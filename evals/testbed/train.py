@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from . import init
-from .curriculum import STAGES
+from .curriculum import REPLAYED_ONLY, STAGES
 from .data import Batch, Sampler, read_books
 from .tokenizer import build
 
@@ -88,9 +88,12 @@ class Trainer:
             self.state.stage, self.state.stage_step = options.stage, self.state.step
 
     def _tokenizer(self, books: list[str]) -> PreTrainedTokenizerBase:
-        if self.options.resume and (self.out / "tokenizer.json").exists():
-            return PreTrainedTokenizerFast.from_pretrained(self.out, local_files_only=True)
-        return build(book[20_000:220_000] for book in books)
+        if not (self.options.resume and (self.out / "tokenizer.json").exists()):
+            return build(book[20_000:220_000] for book in books)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.out, local_files_only=True)
+        for trace in ("is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(trace, None)
+        return tokenizer
 
     def _load(self) -> None:
         weights = load_file(self.work / "weights.safetensors", device=self.options.device)
@@ -139,10 +142,10 @@ class Trainer:
 
     def step(self) -> None:
         """One update; now and then on an earlier stage, so that nothing is forgotten."""
-        stage = self.state.stage
-        if stage and self.rng.random() < self.options.replay:
-            stage = self.rng.randrange(stage)
-        batch = self.sampler.batch(STAGES[stage])
+        stage = STAGES[self.state.stage]
+        if self.state.stage and self.rng.random() < self.options.replay:
+            stage = self.rng.choice((*STAGES[: self.state.stage], *REPLAYED_ONLY))
+        batch = self.sampler.batch(stage)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate()
@@ -155,7 +158,7 @@ class Trainer:
             optimizer.step()
         self.state.step += 1
         self.state.tokens += batch.ids.numel()
-        for name, value in ((f"acc{STAGES[stage].length}", accuracy), (f"loss{STAGES[stage].length}", answer_loss)):
+        for name, value in ((f"acc{stage.length}", accuracy), (f"loss{stage.length}", answer_loss)):
             self.recent[name] = [*self.recent[name][-39:], value]
 
     def _advance(self) -> None:
