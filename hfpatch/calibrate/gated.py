@@ -201,6 +201,20 @@ def _measure(model: nn.Module, saved: PatchConfig, samples: list[Tensor], r: Gat
     )  # fmt: skip
 
 
+def running_texts(source: str, count: int, tokens: int, tokenizer: Any, seed: int = 0) -> list[str]:
+    """Texts of at least `tokens` tokens from `source` (grammar, prose, a file)."""
+    from ..evals.tasks.sources import sentences
+
+    found = []
+    for n in range(count):
+        stream, body, size = sentences(source, random.Random(f"gated-{seed}-{n}")), [], 0
+        while size < tokens:
+            body.append(next(stream))
+            size += len(tokenizer(" " + body[-1], add_special_tokens=False)["input_ids"])
+        found.append(" ".join(body))
+    return found
+
+
 def gated(
     model: Annotated[str, typer.Argument(help="Model folder, Hub id, or 'embedded'.", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="Folder for the gates; a patch config that can be loaded or pushed.")],
@@ -219,12 +233,11 @@ def gated(
     """Experimental: train gates on a frozen model; prints held-out KL and attention to the initial token."""
     from ..cli_console import console, progress, quieten
     from ..evals.models import load_model
-    from .dhsa import haystack_texts
 
     quieten()
     loaded = load_model(model, dtype, device)
     recipe = GateRecipe(granularity, steps, length, rate, sparsity, seed=seed)
-    drawn = haystack_texts(text, texts, length, loaded.tokenizer, seed)
+    drawn = running_texts(text, texts, length, loaded.tokenizer, seed)
     with progress("gates", steps) as advance:
         result = calibrate_gated(
             loaded.model, loaded.tokenizer, drawn, out, recipe, layers=layers, advance=advance

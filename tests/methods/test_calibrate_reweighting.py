@@ -22,7 +22,7 @@ from hfpatch.calibrate.classification import (
     make_examples,
     read_examples,
 )
-from hfpatch.calibrate.gated import GateRecipe, calibrate_gated, divergence
+from hfpatch.calibrate.gated import GateRecipe, calibrate_gated, divergence, running_texts
 from hfpatch.calibrate.intervals import paired, wilson
 from hfpatch.calibrate.zerotuning import Search, calibrate_zerotuning, measures, summary
 from hfpatch.methods.zerotuning import ZeroTuningConfig
@@ -185,6 +185,12 @@ def test_gates_are_trained_saved_and_measured(tmp_path: Path) -> None:
     assert not any("gates are new" in n for n in get_patch(model).report().notes)
     got = divergence(want, logits(model, ids)).mean()
     assert 0.1 * sparse.kl[0] < float(got) < 10 * sparse.kl[0]
+
+
+def test_texts_to_train_on() -> None:
+    drawn = running_texts("prose", 3, 200, Letters())
+    assert len(set(drawn)) == 3 and all(200 <= len(t) + 1 < 2000 for t in drawn)
+    assert drawn == running_texts("prose", 3, 200, Letters())
 
 
 def test_divergence_by_hand() -> None:
