@@ -1,6 +1,7 @@
 """Recipes: malformed ones in one sentence with file and line, shipped ones valid, runs resumed after a kill."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hfpatch.evals.cells import Cell, Session
 from hfpatch.evals.errors import EvaluationError
 from hfpatch.evals.estimate import Speed, estimate
@@ -147,20 +149,25 @@ def timeless(results):
     return data
 
 
-def test_killed_run_resumes_to_the_same_results(tmp_path, folder, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def start(file, out):
+    torch.set_num_threads(1)
+    execute(build_run(load_recipe(file)), out)
+
+
+def test_killed_run_resumes_to_the_same_results(tmp_path, folder):
     file = recipe(tmp_path, folder, GOOD.replace("depths: [0, 100], samples: 2", "depths: [0, 100], samples: 10"))
     whole = execute(build_run(load_recipe(file)), tmp_path / "whole")
     journal = tmp_path / "killed" / "cells.jsonl"
-    command = [sys.executable, "-m", "hfpatch.cli", "run", str(file), "--out", str(journal.parent)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = multiprocessing.get_context("fork").Process(target=start, args=(file, journal.parent))
+    process.start()
     while not (journal.is_file() and journal.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive()
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.join()
     before = journal.read_text().splitlines()
-    assert not (journal.parent / "results.json").exists() and 2 <= len(before) < 1 + len(whole["jobs"]) * 4
+    assert process.exitcode == -signal.SIGKILL and not (journal.parent / "results.json").exists()
+    assert 2 <= len(before) < 1 + 8
     with journal.open("a") as torn:
         torn.write('{"cell": "niah | dense | 256", "da')
     resumed = execute(build_run(load_recipe(file)), journal.parent)
