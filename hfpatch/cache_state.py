@@ -100,7 +100,7 @@ def _then(original: Callable[..., None], follow: Callable[..., None]) -> Callabl
 
 
 def _restore(cls: type) -> Any:
-    made = _following(cls)
+    made: Any = _following(cls)
     return made.__new__(made)
 
 

@@ -20,9 +20,7 @@ TOLERANCE = 1e-5
 PLAIN_WINDOW = 4
 
 supported = pytest.mark.parametrize("tiny", zoo.SUPPORTED.values(), ids=lambda tiny: tiny.name)
-every = pytest.mark.parametrize(
-    "tiny", [*zoo.SUPPORTED.values(), *zoo.REFUSED.values()], ids=lambda tiny: tiny.name
-)
+every = pytest.mark.parametrize("tiny", [*zoo.SUPPORTED.values(), *zoo.REFUSED.values()], ids=lambda tiny: tiny.name)
 refused = pytest.mark.parametrize("tiny", zoo.REFUSED.values(), ids=lambda tiny: tiny.name)
 vision = pytest.mark.parametrize("name", [t.name for t in zoo.SUPPORTED.values() if t.vision])
 
@@ -224,9 +222,7 @@ def test_vision_towers_use_the_interface(name: str) -> None:
         model.get_image_features(**pixels)
     decoder = set(model.get_decoder().modules())
     assert len(calls) == 2
-    assert all(
-        module not in decoder and module.config is not model.get_decoder().config for module, _ in calls
-    )
+    assert all(module not in decoder and module.config is not model.get_decoder().config for module, _ in calls)
 
 
 def test_padding_helpers() -> None:

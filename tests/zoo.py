@@ -282,7 +282,7 @@ RELEASE = tuple(int(n) for n in transformers.__version__.split(".")[:2])
 SUPPORTED: dict[str, TinyModel] = {
     tiny.name: tiny
     for tiny in _plain_models() + _sliding_models() + _hybrid_models() + _vision_models()
-    if RELEASE >= tiny.since
+    if tiny.since <= RELEASE
 }
 REFUSED: dict[str, TinyModel] = {tiny.name: tiny for tiny in _refused_models()}
 
