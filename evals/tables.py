@@ -118,10 +118,10 @@ TABLES: dict[str, Callable[[Row], RenderableType]] = {
 }  # fmt: skip
 
 
-def print_results(results: Row, console: Console) -> None:
+def print_results(results: Row, console: Console, *, words: bool = True) -> None:
     """Every job's table, then what they say in words."""
     for job in results["jobs"]:
         console.print(TABLES[job["kind"]](job))
         console.print()
-    for line in [*sentences(results), *results["notes"]]:
+    for line in [*(sentences(results) if words else []), *results["notes"]]:
         console.print(Text(line))

@@ -9,6 +9,8 @@ from .cli_console import console, errors, quieten
 from .cli_options import Model, PatchArgs, Patches, Settings
 from .errors import HfpatchError
 
+EXTRAS = ("matplotlib", "jsonschema", "yaml", "lm_eval", "datasets", "accelerate", "jinja2")
+
 app = typer.Typer(
     name="hfpatch",
     help="Change how a loaded Transformers model attends, and measure what that does.",
@@ -28,8 +30,16 @@ def main() -> None:
     try:
         app()
     except (HfpatchError, OSError) as error:
-        errors.print(f"hfpatch: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        _leave(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        _leave(f"this command needs {error.name}; run `pip install 'hfpatch[eval]'`.")
+
+
+def _leave(sentence: str) -> None:
+    errors.print(f"hfpatch: {sentence}", style="red", markup=False, soft_wrap=True)
+    sys.exit(2)
 
 
 @app.command("list")

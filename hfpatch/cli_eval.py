@@ -98,6 +98,6 @@ def demo(out: Out = Path("out/demo"), model: Annotated[str, typer.Option(hidden=
 
     run = demo_run(model)
     console.print(run.about)
-    results = execute_and_show(run, out, fresh=True)
+    results = execute_and_show(run, out, fresh=True, words=False)
     for sentence in meaning(results) if results else []:
         console.print(sentence)

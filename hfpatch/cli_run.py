@@ -47,7 +47,7 @@ def run(
     execute_and_show(made, folder, fresh=fresh)
 
 
-def execute_and_show(made: "Run", folder: Path, *, fresh: bool) -> dict[str, Any] | None:
+def execute_and_show(made: "Run", folder: Path, *, fresh: bool, words: bool = True) -> dict[str, Any] | None:
     """Run, print the tables, write plots and page; None on all but the first process."""
     from .evals.runner import execute
 
@@ -58,7 +58,7 @@ def execute_and_show(made: "Run", folder: Path, *, fresh: bool) -> dict[str, Any
     from .evals.report import write_report
     from .evals.tables import print_results
 
-    print_results(results, console)
+    print_results(results, console, words=words)
     files = [folder / "results.json", folder / "samples.jsonl", *write_report(results, folder)]
     console.print(f"written to {folder}: {', '.join(f.name for f in files)}", markup=False)
     return results

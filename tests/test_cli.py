@@ -120,6 +120,13 @@ def test_bad_input_is_one_sentence_and_code_2(run, folder, tmp_path, name):
     assert len(err.strip().splitlines()) == 1
 
 
+def test_missing_extra_is_one_sentence(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    monkeypatch.delitem(sys.modules, "hfpatch.evals.recipe", raising=False)
+    code, _, err = run("run", "quickstart", "--out", tmp_path)
+    assert code == 2 and err.strip() == "hfpatch: this command needs jsonschema; run `pip install 'hfpatch[eval]'`."
+
+
 def test_variants_are_named_and_composed():
     names = [
         v.name for v in parse_variants(["streaming:window=7,sink=2", "dense", "streaming+dense"], {"layers": "0-1"})
