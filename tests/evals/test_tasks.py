@@ -57,7 +57,8 @@ def test_prompts_are_as_long_as_asked_for(name, length, make):
     for sample in get_task(name).samples(tokenizer, length, 2, seed=3):
         tokens = count(tokenizer, sample.prompt)
         assert sample.meta["length"] == tokens
-        unit = count(tokenizer, "Text: The dapper umbrella was quiet without a word. Topic: animal.")
+        unit = max(count(tokenizer, part) for part in sample.prompt.split("Text:")) + count(tokenizer, "Text:")
+        unit = unit if name == "few_shot" else 67
         assert length - max(16, unit) <= tokens <= length
         assert sample.meta["requested"] == length
         assert sample.meta["question_in_sparse_part"] is True
