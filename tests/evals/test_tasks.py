@@ -57,8 +57,7 @@ def test_prompts_are_as_long_as_asked_for(name, length, make):
     for sample in get_task(name).samples(tokenizer, length, 2, seed=3):
         tokens = count(tokenizer, sample.prompt)
         assert sample.meta["length"] == tokens
-        unit = max(count(tokenizer, part) for part in sample.prompt.split("Text:")) + count(tokenizer, "Text:")
-        unit = unit if name == "few_shot" else 67
+        unit = count(tokenizer, "Text: Without a word we spoke of a dapper umbrella near the station. Topic: animal. ")
         assert length - max(16, unit) <= tokens <= length
         assert sample.meta["requested"] == length
         assert sample.meta["question_in_sparse_part"] is True
