@@ -33,6 +33,7 @@ class Method:
     stateful: ClassVar[bool] = False
     trained: ClassVar[bool] = False
 
+    _points: ClassVar[frozenset[str]] = frozenset()
     acts_in: frozenset[str] = frozenset({"prefill", "decode"})
     causality: str = "yes"
     needs: frozenset[str] = frozenset()
@@ -78,10 +79,14 @@ class Method:
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
         """Read-only look at the result; `lse [B, Hq, Lq]` is given when `needs` names "lse"."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._points = frozenset(p for p in POINTS if getattr(cls, p) is not getattr(Method, p))
+
     @classmethod
     def points(cls) -> frozenset[str]:
         """The points this method overrides."""
-        return frozenset(p for p in POINTS if getattr(cls, p) is not getattr(Method, p))
+        return cls._points
 
     @property
     def name(self) -> str:

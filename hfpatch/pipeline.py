@@ -47,16 +47,12 @@ class LayerRuntime:
     def __init__(self, name: str, layer: int, num_layers: int, methods: Sequence[Method]) -> None:
         self.name, self.layer, self.num_layers = name, layer, num_layers
         self.methods = list(methods)
+        self.needs = frozenset[str]().union(*(m.needs for m in self.methods))
         self.stats: dict[str, PhaseStats] = {}
         self._acting = {
             phase: [m for m in self.methods if m.points() and (phase if phase != "chunk" else "prefill") in m.acts_in]
             for phase in ("prefill", "chunk", "decode")
         }
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the methods need beyond q, k and v."""
-        return frozenset[str]().union(*(m.needs for m in self.methods))
 
     def run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
         """Attention output `[B, Lq, Hq, Dv]` and weights (None unless the base gives them)."""
