@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+RENAMED = {"animal": "river", "plant": "lemon", "tool": "tiger", "place": "hammer"}
 _LABEL = re.compile(r"Topic: (\w+)\.")
 
 
@@ -61,17 +62,23 @@ def hub_examples(
     return make_examples(rows, name)
 
 
-def embedded_examples(count: int, shots: int = 6, seed: int = 0) -> list[Example]:
-    """Few-shot topic classification from the embedded model's own templates."""
-    from ..evals.testbed.text import fewshot
+def embedded_examples(count: int, shots: int = 6, seed: int = 0, renamed: bool = False) -> list[Example]:
+    """Topic classification from the embedded model's own templates, with `shots` labelled texts in the prompt.
 
+    `renamed` calls the topics by unrelated words, so that only the labelled texts tell the answer.
+    """
+    from ..evals.testbed.text import TOPICS, fewshot
+
+    called = {topic: RENAMED.get(topic, topic) if renamed else topic for topic in TOPICS}
     out = []
     for n in range(count):
         task = fewshot(random.Random(f"calibrate-{seed}-{n}"), shots)
         question, answer = task.turns[0]
         prompt = "".join(f" {part}" for part in (*task.facts, question))
-        labels = sorted({f" {label}" for label in _LABEL.findall(prompt)} | {answer.rstrip(".")})
-        out.append(Example(prompt, tuple(labels), answer.rstrip(".")))
+        shown = set(_LABEL.findall(prompt)) | {answer.strip(" .")} if shots >= len(TOPICS) - 1 else set(TOPICS)
+        prompt = _LABEL.sub(lambda m: f"Topic: {called[m[1]]}.", prompt)
+        labels = tuple(sorted(f" {called[topic]}" for topic in shown))
+        out.append(Example(prompt, labels, f" {called[answer.strip(' .')]}"))
     return out
 
 

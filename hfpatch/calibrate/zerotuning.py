@@ -54,6 +54,12 @@ class Outcome:
     grid: list[dict[str, Any]]
     held_out: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def rise(self) -> float:
+        """By how much the chosen factor raised accuracy where it was searched."""
+        found = {g["gamma"]: g["accuracy"] for g in self.grid}
+        return float(found[self.gamma] - found[1.0]) if found else 0.0
+
 
 @dataclass
 class Calibration:
@@ -143,16 +149,16 @@ def calibrate_zerotuning(
     return Calibration(s, len(questions), outcomes, sweep, name)
 
 
-def measures(q: Questions, a: Answers, rows: Tensor) -> dict[str, float]:
+def measures(q: Questions, a: Answers, rows: Tensor) -> dict[str, Any]:
     """Accuracy, share of invalid answers, accuracy among valid ones and among labels only, entropy."""
-    found = {"entropy": float(a.entropy[rows].mean())}
+    found: dict[str, Any] = {"entropy": float(a.entropy[rows].mean())}
     if not q.supervised:
         return found
     right, valid = q.right_now(a)[rows].float(), q.valid(a)[rows].float()
     return {
         "accuracy": float(right.mean()),
         "invalid": float(1 - valid.mean()),
-        "accuracy_of_valid": float((right * valid).sum() / valid.sum()) if valid.any() else math.nan,
+        "accuracy_of_valid": float((right * valid).sum() / valid.sum()) if valid.any() else None,
         "accuracy_among_labels": float(q.right_among_labels(a)[rows].float().mean()),
         "log_likelihood": float(q.log_likelihood(a)[rows].mean()),
         **found,
@@ -205,11 +211,11 @@ def _report(runs: _Runs, o: Outcome, rows: Tensor, searched: Tensor, heads: int)
         out[name]["prior_corrected"] = float(corrected.float().mean())
         out[name]["prior_corrected_interval"] = wilson(corrected)
     out["accuracy_change"] = paired(q.right_now(after)[rows], q.right_now(before)[rows])
-    drawn = [
-        random.Random(f"{o.seed}-{n}").sample(range(heads), len(o.heads)) for n in range(runs.search.random_draws)
-    ]
     if o.heads:
-        out["random_heads"] = [{"heads": sorted(d), **measures(q, runs(o.gamma, d), rows)} for d in drawn]
+        rng = random.Random(o.seed)
+        tries = [sorted(rng.sample(range(heads), len(o.heads))) for _ in range(10 * runs.search.random_draws)]
+        drawn = list({tuple(t): t for t in tries if t != o.heads}.values())[: runs.search.random_draws]
+        out["random_heads"] = [{"heads": d, **measures(q, runs(o.gamma, d), rows)} for d in drawn]
     return out
 
 
@@ -219,6 +225,8 @@ def summary(c: Calibration) -> list[str]:
     for o in c.outcomes:
         h = o.held_out
         what = f"gamma {o.gamma:g} on heads {o.heads}" if o.heads else "no head helps: gamma 1"
+        if o.objective == "accuracy" and o.heads and o.rise == 0:
+            what += " (for the right label's probability; no setting has higher accuracy)"
         line = f"{o.objective}, split {o.seed}: {what}; "
         if "accuracy_change" in h:
             b, a, (mean, low, high) = h["before"], h["after"], h["accuracy_change"]
@@ -246,6 +254,9 @@ def zerotuning(
     names: Annotated[str, typer.Option(help="Label texts by number, separated by commas.")] = "",
     examples: Annotated[int, typer.Option(help="Examples to use; half are held out.")] = 400,
     shots: Annotated[int, typer.Option(help="Labelled texts per prompt of the embedded task.")] = 6,
+    renamed: Annotated[
+        bool, typer.Option("--renamed", help="Embedded task with topics called by other words.")
+    ] = False,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to tune; all by default.")] = None,
     seeds: Annotated[int, typer.Option(help="Splits to repeat the search on.")] = 3,
     batch: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 32,
@@ -259,7 +270,7 @@ def zerotuning(
     quieten()
     loaded = load_model(model, dtype, device)
     if data == "embedded":
-        found = embedded_examples(examples, shots)
+        found = embedded_examples(examples, shots, renamed=renamed)
     elif Path(data).suffix in (".jsonl", ".json"):
         found = read_examples(data)[:examples]
     else:

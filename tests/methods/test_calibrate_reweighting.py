@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import hfpatch
 from hfpatch import PatchConfig, get_patch, patched
 from hfpatch.calibrate.classification import (
+    RENAMED,
     Answers,
     Example,
     Questions,
@@ -149,6 +150,10 @@ def test_examples_from_files_and_templates(tmp_path: Path) -> None:
     drawn = embedded_examples(5)
     assert len({e.prompt for e in drawn}) == 5 and drawn == embedded_examples(5)
     assert all(e.answer in e.labels and len(e.labels) == 3 and e.prompt.endswith("Topic:") for e in drawn)
+    other = embedded_examples(5, renamed=True)
+    assert [RENAMED[e.answer[1:]] for e in drawn if e.answer] == [e.answer[1:] for e in other if e.answer]
+    assert not any(f"Topic: {t}" in e.prompt for e in other for t in RENAMED)
+    assert len(embedded_examples(1, shots=0)[0].labels) == 4
 
 
 def test_examples_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
