@@ -41,15 +41,21 @@ def block_size(groups: int, window: int) -> int:
 
 
 def _blocks(p: Problem, sel: SinkWindow, b: int, start: int, stop: int, n: int, kernel: Kernel) -> list[Part]:
-    """The keys every query of a block sees, and the rest: sink, left edge and diagonal, under one small mask."""
+    """The keys every query of a block sees, and the rest: sink, left edge and diagonal, under one small mask.
+
+    A single query sees all of them: one part.
+    """
     rows, first = (stop - start) // n, p.at.off + start
     q = blocked(p.q[b : b + 1, :, start:stop], n, p.at.Hkv)
     k, v = p.k[b], p.v[b]
     bias = None if p.bias is None else p.bias[b if p.bias.shape[0] > 1 else 0]
     common = max(0, sel.window - rows)
     low, mid = first - sel.window + 1, first + rows - sel.window
+    sink = [(0, 0, sel.sink)] * (sel.sink > 0)
+    if rows == 1:
+        return [_part(q, k, v, bias, [*sink, (low, rows, sel.window)], n, kernel, None)]
     edges = [(low, mid - low), (first, rows)] if common else [(low, first + rows - low)]
-    spans = [(0, 0, sel.sink)] * (sel.sink > 0) + [(s, rows, size) for s, size in edges if size]
+    spans = sink + [(s, rows, size) for s, size in edges if size]
     parts = [_part(q, k, v, bias, spans, n, kernel, _edge_mask(q, first, sel, edges))]
     if common:
         parts.append(_part(q, k, v, bias, [(mid, rows, common)], n, kernel, None))
@@ -87,11 +93,9 @@ def joined(t: Tensor, spans: list[tuple[int, int, int]], n: int) -> Tensor:
     return views[0] if len(views) == 1 else torch.cat(views, dim=2)
 
 
-def _edge_mask(q: Tensor, first: int, sel: SinkWindow, edges: list[tuple[int, int]]) -> Tensor | None:
-    """Additive `[1, 1, R, 1, C]` of one block, the same for all; None for a single query, which sees every column."""
+def _edge_mask(q: Tensor, first: int, sel: SinkWindow, edges: list[tuple[int, int]]) -> Tensor:
+    """Additive `[1, 1, R, 1, C]` of one block, the same for all."""
     rows = q.shape[2]
-    if rows == 1:
-        return None
     i = torch.arange(first, first + rows, device=q.device)[:, None]
     j = torch.cat([torch.arange(s, s + size, device=q.device) for s, size in edges])[None]
     keep = (j <= i) & (i - j < sel.window)
