@@ -251,7 +251,7 @@ class _Run:
 
 def haystack_texts(source: str, count: int, tokens: int, tokenizer: Any, seed: int = 0) -> list[str]:
     """Texts of nearly `tokens` tokens from `source` (grammar, prose, a file) with hidden facts and their questions."""
-    from ..evals.haystack import sentences
+    from ..evals.tasks.sources import sentences
     from ..evals.testbed.text import TASKS
 
     def size(words: str) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from tiny_tokenizer import byte_tokenizer
 from torch import Tensor
 
 from hfpatch import ConfigError, PatchConfig, patched
@@ -245,3 +246,10 @@ def test_kept_map_counts_cells() -> None:
     assert torch.equal(kept_map(SinkWindow(2, 5), at), want)
     assert kept_map(SinkWindow(2, 5), at, pixels=10).shape == (1, 10, 10)
     assert torch.equal(kept_map(None, at), torch.ones(1, 40, 40).tril())
+
+
+@pytest.mark.parametrize("source", ["grammar", "prose"])
+def test_training_texts_are_nearly_as_long_as_asked(source: str) -> None:
+    tokenizer = byte_tokenizer()
+    for text in calibrate.haystack_texts(source, 2, 1500, tokenizer):
+        assert 1000 <= len(tokenizer(text).input_ids) <= 1600
