@@ -18,7 +18,7 @@ def demo_run(model: str = "embedded") -> Run:
         "demo",
         model,
         parse_variants([PATCH]),
-        [NiahJob([512, 1024, 2048, 4096], samples=4), LatencyJob([1024, 4096, 16384], decode_tokens=16)],
+        [NiahJob([512, 1024, 2048, 4096], samples=2), LatencyJob([1024, 4096, 16384], decode_tokens=16)],
         about=(
             f"Dense attention against streaming (4 first tokens and the last {WINDOW}): "
             "can the model still find a sentence hidden in its prompt, and what does that cost?"

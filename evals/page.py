@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from .page_template import STYLE, TABLE, TEMPLATE
 from .results import write_text
-from .stats import break_even_text, memory_text, time_text, tokens
+from .stats import break_even_text, memory_text, spread_text, tokens
 from .summary import headline, sentences
 
 Row = dict[str, Any]
@@ -184,13 +184,10 @@ def _starts(rows: Sequence[Row]) -> list[int]:
 def _latency(job: Row) -> tuple[Row, list[str]]:
     rows = sorted(job["rows"], key=lambda r: r["length"])
 
-    def spread(s: Row) -> Row:
-        return cell(f"{time_text(s['median'])} ({time_text(s['low'])} to {time_text(s['high'])})")
-
     body = [
         [
-            cell(r["variant"]), cell(tokens(r["length"])), spread(r["ttft"]), _ratio(r["ttft_speedup"]),
-            spread(r["tpot"]), _ratio(r["tpot_speedup"]), cell(f"{r['tokens_per_second']:.1f}"),
+            cell(r["variant"]), cell(tokens(r["length"])), cell(spread_text(r["ttft"])), _ratio(r["ttft_speedup"]),
+            cell(spread_text(r["tpot"])), _ratio(r["tpot_speedup"]), cell(f"{r['tokens_per_second']:.1f}"),
         ]
         for r in rows
     ]  # fmt: skip

@@ -54,6 +54,14 @@ def time_text(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
+def spread_text(summary: Mapping[str, Any]) -> str:
+    """A median of seconds with its spread, all in one unit."""
+    unit, factor = ("s", 1) if summary["median"] >= 1 else ("ms", 1000)
+    decimals = 2 if summary["median"] * factor < 10 else 1 if summary["median"] * factor < 100 else 0
+    middle, low, high = (f"{summary[k] * factor:.{decimals}f}" for k in ("median", "low", "high"))
+    return f"{middle} {unit} ({low}..{high})"
+
+
 def break_even_text(found: Mapping[str, Any]) -> str:
     """A break-even length in words."""
     length = f"{found['length']:,}"

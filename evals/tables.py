@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .plots import names_of
-from .stats import break_even_text, memory_text, time_text, tokens
+from .stats import break_even_text, memory_text, spread_text, tokens
 from .summary import sentences
 
 Row = dict[str, Any]
@@ -48,8 +48,7 @@ def _question_note(rows: Sequence[Row]) -> str:
 
 
 def _spread(summary: Row, speedup: float, more: str = "") -> Text:
-    low, high = (time_text(summary[k]) for k in ("low", "high"))
-    text = Text(f"{time_text(summary['median'])} ({low.split()[0]}..{high})\n")
+    text = Text(spread_text(summary) + "\n")
     return text.append(f"{speedup:.2f} x dense{more}", style="dim" if speedup == 1 else "")
 
 

@@ -13,7 +13,7 @@ from hfpatch.evals.recipe_run import build_run
 from hfpatch.evals.report import write_report
 from hfpatch.evals.results import read_results
 from hfpatch.evals.runner import execute
-from hfpatch.evals.stats import memory_text, time_text, tokens
+from hfpatch.evals.stats import memory_text, spread_text, time_text, tokens
 from hfpatch.evals.summary import headline, score_points, sentences
 from hfpatch.evals.tables import print_results
 from rich.console import Console
@@ -72,6 +72,7 @@ def test_tables_fit_a_narrow_terminal_and_name_every_variant(out):
     print_results(results, Console(file=told, width=80))
     text = told.getvalue()
     assert max(map(len, text.splitlines())) <= 80
+    assert len(re.findall(r"x dense, \d+/s", text)) == len(results["jobs"][3]["rows"])
     assert "x dense" in text and "perplexity by position" in text and "needles found" in text
     assert text.count("streaming:window=32") >= 3
 
@@ -117,4 +118,6 @@ def test_compare_refuses_what_is_no_result(tmp_path):
 def test_units():
     assert [tokens(n) for n in (300, 512, 1024, 1536, 32768)] == ["300", "512", "1k", "1.5k", "32k"]
     assert [time_text(s) for s in (0.0123, 1.5, 150)] == ["12.3 ms", "1.50 s", "2.5 min"]
+    assert spread_text({"median": 1.0, "low": 0.97, "high": 1.03}) == "1.00 s (0.97..1.03)"
+    assert spread_text({"median": 0.0123, "low": 0.0118, "high": 1.5}) == "12.3 ms (11.8..1500.0)"
     assert [memory_text(b) for b in (3 * 2**20, 3 * 2**30)] == ["3 MiB", "3.00 GiB"]
