@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -315,7 +316,9 @@ class RawCall:
     @property
     def base_name(self) -> str:
         """Name of the attention implementation the model had."""
-        return str(self.base_config._attn_implementation)
+        return str(
+            vars(self.base_config).get("_attn_implementation_internal") or self.base_config._attn_implementation
+        )
 
     def base(self) -> tuple[Tensor, Tensor | None]:
         """The call as the unpatched model would make it: `(out [B, Lq, Hq, Dv], weights or None)`."""
@@ -363,9 +366,8 @@ class RawCall:
 
 def _cache_length(cache: Any, layer_idx: int | None, key: Tensor) -> int | None:
     """Tokens a cache has seen: asked of this layer, else of an earlier one, else of the layer that holds `key`."""
-    earlier = [] if layer_idx is None else range(layer_idx, -1, -1)
     holders = (n for n, x in enumerate(getattr(cache, "layers", ())) if getattr(x, "keys", None) is key)
-    for index in (*earlier, *holders):
+    for index in chain(() if layer_idx is None else range(layer_idx, -1, -1), holders):
         try:
             return int(cache.get_seq_length(index))
         except (AttributeError, IndexError, NotImplementedError, ValueError):

@@ -80,7 +80,9 @@ class LayerRuntime:
         return out, weights
 
     def _stats(self, phase: str) -> PhaseStats:
-        return self.stats.setdefault(phase, PhaseStats())
+        if phase not in self.stats:
+            self.stats[phase] = PhaseStats()
+        return self.stats[phase]
 
     def _dense(self, raw: RawCall, phase: str, reason: str | None) -> tuple[Tensor, Tensor | None]:
         if not is_compiling():
