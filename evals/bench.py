@@ -13,7 +13,7 @@ from .correctness import check_variant
 from .generation import generate_tokens, text_ids
 from .models import Loaded, check_length
 from .results import load_average
-from .stats import break_even, summarise
+from .stats import apart, break_even, summarise
 from .variants import DENSE, Variant
 
 
@@ -71,7 +71,7 @@ class LatencyJob:
         """Arguments as plain data."""
         return {
             "lengths": list(self.lengths), "decode_tokens": self.decode_tokens, "repeats": self.repeats,
-            "warmup": self.warmup, "order": "interleaved, reversed every other time",
+            "warmup": self.warmup, "order": "interleaved, reversed and rotated",
         }  # fmt: skip
 
     def run(self, cell: Cell, session: Session) -> CellResult:
@@ -89,7 +89,7 @@ class LatencyJob:
         times: dict[str, list[tuple[float, float]]] = {v.name: [] for v in variants}
         reports: dict[str, Data] = {}
         for turn in range(self.repeats):
-            for variant in variants if turn % 2 == 0 else reversed(variants):
+            for variant in turn_order(variants, turn):
                 with variant.applied(loaded.model) as patch:
                     times[variant.name].append(time_once(loaded, ids, self.decode_tokens))
                     reports[variant.name] = _density(patch)
@@ -106,6 +106,13 @@ class LatencyJob:
         return [{"length": cell.length, **row} for cell, data in done.items() for row in data["rows"]]
 
 
+def turn_order(variants: Sequence[Variant], turn: int) -> list[Variant]:
+    """The order of one turn: reversed every other time and rotated every two, so that nobody keeps a place."""
+    start = turn // 2 * max(1, len(variants) // 2) % len(variants)
+    order = [*variants[start:], *variants[:start]]
+    return order if turn % 2 == 0 else order[::-1]
+
+
 def _density(patch: Any) -> Data:
     if patch is None:
         return {"density_prefill": 1.0, "density_decode": 1.0, "executors": [], "fallbacks": {}}
@@ -120,15 +127,17 @@ def _density(patch: Any) -> Data:
 
 def _row(variant: Variant, times: Sequence[tuple[float, float]], dense: Sequence[tuple[float, float]]) -> Data:
     ttft, tpot = (summarise([t[n] for t in times]) for n in (0, 1))
-    dense_ttft, dense_tpot = (summarise([t[n] for t in dense])["median"] for n in (0, 1))
+    slow = {"ttft": summarise([t[0] for t in dense]), "tpot": summarise([t[1] for t in dense])}
     return {
         "variant": variant.name,
         "question_in_sparse_part": variant.question_in_sparse_part,
         "ttft": ttft,
         "tpot": tpot,
         "tokens_per_second": 1 / tpot["median"],
-        "ttft_speedup": dense_ttft / ttft["median"],
-        "tpot_speedup": dense_tpot / tpot["median"],
+        "ttft_speedup": slow["ttft"]["median"] / ttft["median"],
+        "tpot_speedup": slow["tpot"]["median"] / tpot["median"],
+        "ttft_clear": apart(ttft, slow["ttft"]),
+        "tpot_clear": apart(tpot, slow["tpot"]),
     }
 
 
@@ -139,5 +148,6 @@ def break_evens(rows: Sequence[Data]) -> list[Data]:
         own = [r for r in rows if r["variant"] == name]
         for measure in ("ttft", "tpot"):
             speedups = {r["length"]: r[f"{measure}_speedup"] for r in own}
-            found.append({"variant": name, "measure": measure, **break_even(speedups)})
+            clear = {r["length"] for r in own if r[f"{measure}_clear"]}
+            found.append({"variant": name, "measure": measure, **break_even(speedups, clear)})
     return found

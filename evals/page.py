@@ -13,6 +13,7 @@ from .page_template import STYLE, TABLE, TEMPLATE
 from .results import write_text
 from .stats import break_even_text, memory_text, spread_text, tokens
 from .summary import headline, sentences
+from .variants import DENSE
 
 Row = dict[str, Any]
 HOW = {
@@ -35,7 +36,8 @@ HOW = {
     "latency": (
         "Latency",
         "Seconds until the first token (the prefill) and per further token (decoding), median over interleaved runs; "
-        "bars show the spread. Compare numbers within this page only.",
+        "bars show the spread. A ratio with ~ cannot be told from 1, as the spreads overlap. Compare numbers within "
+        "this page only.",
     ),
     "memory": (
         "Peak memory",
@@ -88,10 +90,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Row]], starts: Sequenc
     return {"header": header, "rows": [{"cells": r, "rule": n in starts} for n, r in enumerate(rows)]}
 
 
-def _ratio(value: float, *, more_is_better: bool = True) -> Row:
+def _ratio(value: float, *, more_is_better: bool = True, clear: bool = True) -> Row:
+    if not clear:
+        return cell(f"~{value:.2f}")
     good = value >= 1.05 if more_is_better else value <= 0.95
     bad = value <= 0.95 if more_is_better else value >= 1.05
     return cell(f"{value:.2f}", "good" if good else "bad" if bad else "")
+
+
+def _speed(row: Row, measure: str) -> Row:
+    return _ratio(row[f"{measure}_speedup"], clear=row[f"{measure}_clear"] or row["variant"] == DENSE)
 
 
 def _headline(results: Row) -> Row:
@@ -100,8 +108,8 @@ def _headline(results: Row) -> Row:
         ("score", "score", lambda r: cell(f"{r['score']:.0%}")),
         ("density", "keys attended", lambda r: cell(f"{r['density']:.0%}")),
         ("perplexity", "perplexity", lambda r: cell(f"{r['perplexity']:.2f}")),
-        ("ttft", "prefill speed", lambda r: _ratio(r["ttft"])),
-        ("tpot", "decoding speed", lambda r: _ratio(r["tpot"])),
+        ("ttft", "prefill speed", lambda r: _ratio(r["ttft"], clear=r["ttft_clear"])),
+        ("tpot", "decoding speed", lambda r: _ratio(r["tpot"], clear=r["tpot_clear"])),
         ("memory", "memory", lambda r: _ratio(r["memory"], more_is_better=False)),
     ]
     shown = [c for c in columns if any(r[c[0]] is not None for r in rows)]
@@ -186,8 +194,8 @@ def _latency(job: Row) -> tuple[Row, list[str]]:
 
     body = [
         [
-            cell(r["variant"]), cell(tokens(r["length"])), cell(spread_text(r["ttft"])), _ratio(r["ttft_speedup"]),
-            cell(spread_text(r["tpot"])), _ratio(r["tpot_speedup"]), cell(f"{r['tokens_per_second']:.1f}"),
+            cell(r["variant"]), cell(tokens(r["length"])), cell(spread_text(r["ttft"])), _speed(r, "ttft"),
+            cell(spread_text(r["tpot"])), _speed(r, "tpot"), cell(f"{r['tokens_per_second']:.1f}"),
         ]
         for r in rows
     ]  # fmt: skip

@@ -40,7 +40,8 @@ TEMPLATE = """<!doctype html>
 <h2>The answer</h2>
 <p class="how">Every patch was run beside <b>dense</b>, the model as it is, in the same run. Score: share of answers
 that are right. Keys attended: how much of the attention map was computed; less is faster, if the executor makes use
-of it. Speed: how many times as fast as dense at the longest prompts; below 1 it is slower. Memory: peak on top of
+of it. Speed: how many times as fast as dense at the longest prompts; below 1 it is slower,
+~ is within the noise. Memory: peak on top of
 the loaded model, relative to dense.</p>
 {{ table(headline) }}
 <ul class="answer">{% for s in sentences %}<li>{{ s }}</li>{% endfor %}</ul>

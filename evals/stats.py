@@ -1,7 +1,7 @@
 """Medians, spreads and break-even lengths."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
@@ -18,23 +18,30 @@ def summarise(runs: Sequence[float]) -> dict[str, Any]:
     return {"median": median(runs), "low": low, "high": high, "spread": kind, "runs": list(runs)}
 
 
-def break_even(speedups: Mapping[int, float]) -> dict[str, Any]:
+def apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether the spreads of two summaries do not overlap: only then is one called faster."""
+    return bool(a["high"] < b["low"] or b["high"] < a["low"])
+
+
+def break_even(speedups: Mapping[int, float], clear: Collection[int]) -> dict[str, Any]:
     """From which length on a variant is faster than dense, given `length -> dense time / its time`.
 
-    Interpolated linearly in the logarithms of length and speed-up; `relation` is "about" then, "at most" when it is
-    faster at all lengths measured, "above" when it is not at the longest.
+    Faster counts at the lengths in `clear`, where the spreads do not overlap. Interpolated linearly in the logarithms
+    of length and speed-up; `relation` is "about" then, "at most" when it is faster at all lengths measured, "after"
+    when it is at later lengths but the spread hides where that begins, "above" when it is not at the longest.
     """
     lengths = sorted(speedups)
-    slower = [n for n in lengths if speedups[n] < 1]
+    slower = [n for n in lengths if speedups[n] < 1 or n not in clear]
     if not slower:
         return {"relation": "at most", "length": lengths[0]}
     last = slower[-1]
     if last == lengths[-1]:
         return {"relation": "above", "length": last}
     after = lengths[lengths.index(last) + 1]
+    if speedups[last] >= 1:
+        return {"relation": "after", "length": last}
     a, b = math.log(speedups[last]), math.log(speedups[after])
-    share = -a / (b - a)
-    return {"relation": "about", "length": round(last * (after / last) ** share)}
+    return {"relation": "about", "length": round(last * (after / last) ** (-a / (b - a)))}
 
 
 def tokens(n: int) -> str:
@@ -69,4 +76,6 @@ def break_even_text(found: Mapping[str, Any]) -> str:
         return f"faster than dense from about {length} tokens on"
     if found["relation"] == "at most":
         return f"faster than dense at all lengths measured ({length} tokens and more)"
-    return f"not faster than dense up to {length} tokens"
+    if found["relation"] == "after":
+        return f"faster than dense somewhere after {length} tokens, where the spread hides it"
+    return f"not clearly faster than dense up to {length} tokens"

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from .variants import DENSE
+
 Row = dict[str, Any]
 SCORED = ("niah", "task", "lm-eval")
 
@@ -51,6 +53,8 @@ def headline(results: Row) -> list[Row]:
             "density": scores[name]["density"] if name in scores else None,
             "ttft": _longest(results, "latency", name, "ttft_speedup"),
             "tpot": _longest(results, "latency", name, "tpot_speedup"),
+            "ttft_clear": name == DENSE or _longest(results, "latency", name, "ttft_clear") == 1,
+            "tpot_clear": name == DENSE or _longest(results, "latency", name, "tpot_clear") == 1,
             "memory": _longest(results, "memory", name, "ratio"),
             "perplexity": _longest(results, "perplexity", name, "perplexity"),
         }
@@ -78,12 +82,17 @@ def sentences(results: Row) -> list[str]:
         if row["perplexity"] is not None and dense["perplexity"] is not None:
             parts.append(f"has a perplexity of {row['perplexity']:.2f} against {dense['perplexity']:.2f}")
         if row["ttft"] is not None:
-            parts.append(f"prefills {row['ttft']:.2f} times and decodes {row['tpot']:.2f} times as fast")
+            prefill, decode = (_speed(row, m) for m in ("ttft", "tpot"))
+            parts.append(f"prefills {prefill} and decodes {decode}")
         if row["memory"] is not None:
             parts.append(f"needs {row['memory']:.2f} times the memory on top of the model")
         if parts:
             told.append(f"{row['variant']} " + _list(parts) + ".")
     return told
+
+
+def _speed(row: Row, measure: str) -> str:
+    return f"{row[measure]:.2f} times as fast" if row[f"{measure}_clear"] else "about as fast (the spreads overlap)"
 
 
 def _list(parts: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 from .plots import names_of
 from .stats import break_even_text, memory_text, spread_text, tokens
 from .summary import sentences
+from .variants import DENSE
 
 Row = dict[str, Any]
 
@@ -47,9 +48,10 @@ def _question_note(rows: Sequence[Row]) -> str:
     return f"the question was inside the sparse part for {', '.join(inside)}" if inside else "no sparse prefill"
 
 
-def _spread(summary: Row, speedup: float, more: str = "") -> Text:
-    text = Text(spread_text(summary) + "\n")
-    return text.append(f"{speedup:.2f} x dense{more}", style="dim" if speedup == 1 else "")
+def _spread(row: Row, measure: str, more: str = "") -> Text:
+    speedup, sign = row[f"{measure}_speedup"], "" if row[f"{measure}_clear"] or row["variant"] == DENSE else "~"
+    text = Text(spread_text(row[measure]) + "\n")
+    return text.append(f"{sign}{speedup:.2f} x dense{more}", style="dim" if speedup == 1 else "")
 
 
 def latency_table(job: Row) -> RenderableType:
@@ -63,10 +65,13 @@ def latency_table(job: Row) -> RenderableType:
         length = r["length"]
         keys = f"{r['density_prefill']:.0%}, {r['density_decode']:.0%}"
         table.add_row(
-            Text(r["variant"]), f"{tokens(length)}\n{keys}", _spread(r["ttft"], r["ttft_speedup"]),
-            _spread(r["tpot"], r["tpot_speedup"], f", {r['tokens_per_second']:.0f}/s"),
+            Text(r["variant"]), f"{tokens(length)}\n{keys}", _spread(r, "ttft"),
+            _spread(r, "tpot", f", {r['tokens_per_second']:.0f}/s"),
         )  # fmt: skip
-    lines = ["x dense: how many times as fast as dense in this run; keys: share attended in prefill, in decoding"]
+    lines = [
+        "x dense: how many times as fast as dense in this run, ~ where their spreads overlap; "
+        "second line: keys attended in prefill, in decoding"
+    ]
     kinds = {"ttft": "prefill", "tpot": "decoding"}
     lines += [f"{b['variant']}: {kinds[b['measure']]} is {break_even_text(b)}" for b in job["break_even"]]
     return Group(table, *(Text(line, style="dim") for line in lines))

@@ -10,7 +10,7 @@ from hfpatch.evals.errors import EvaluationError, ExecutorMismatchError
 from hfpatch.evals.generation import generate_tokens, text_ids
 from hfpatch.evals.memory import MemoryJob
 from hfpatch.evals.models import Loaded
-from hfpatch.evals.stats import break_even, break_even_text, summarise
+from hfpatch.evals.stats import apart, break_even, break_even_text, summarise
 from hfpatch.evals.variants import parse_variants
 
 from hfpatch import ops, pipeline
@@ -24,7 +24,7 @@ def session(model, tokenizer):
 
 
 def test_break_even_lies_between_the_lengths_around_it():
-    found = break_even({1024: 0.5, 4096: 2.0, 16384: 4.0})
+    found = break_even({1024: 0.5, 4096: 2.0, 16384: 4.0}, {1024, 4096, 16384})
     assert found == {"relation": "about", "length": 2048}
     assert "2,048" in break_even_text(found)
 
@@ -39,7 +39,18 @@ def test_break_even_lies_between_the_lengths_around_it():
     ],
 )
 def test_break_even_counts_only_what_lasts(speedups, relation, length):
-    assert break_even(speedups) == {"relation": relation, "length": length}
+    assert break_even(speedups, set(speedups)) == {"relation": relation, "length": length}
+
+
+def test_break_even_takes_no_speed_up_from_noise():
+    assert break_even({1024: 1.2, 4096: 1.3}, set()) == {"relation": "above", "length": 4096}
+    assert break_even({1024: 1.2, 4096: 3.0}, {4096}) == {"relation": "after", "length": 1024}
+    assert break_even({1024: 0.5, 4096: 2.0}, {4096}) == {"relation": "about", "length": 2048}
+
+
+def test_one_is_faster_only_when_the_spreads_do_not_overlap():
+    fast, slow, wide = ({"low": a, "high": b} for a, b in ((1.0, 1.2), (1.3, 1.4), (1.1, 2.0)))
+    assert apart(fast, slow) and apart(slow, fast) and not apart(fast, wide) and not apart(slow, wide)
 
 
 def test_spread_is_quartiles_from_four_runs_on():
@@ -57,19 +68,19 @@ def test_stopwatch_sees_the_prompt_and_every_token(session):
     assert ttft > 0 and tpot > 0
 
 
-def test_runs_are_interleaved_and_reversed_every_other_time(session, monkeypatch):
+def test_runs_are_interleaved_reversed_and_rotated(session, monkeypatch):
     order = []
 
     def timed(loaded, ids, decode_tokens):
         patched = hasattr(loaded.model, "_hfpatch_patch")
-        order.append("streaming" if patched else "dense")
+        order.append("B" if patched else "A")
         return (1.0, 0.5) if patched else (2.0, 1.0)
 
     monkeypatch.setattr(bench, "time_once", timed)
     job = LatencyJob([63], decode_tokens=2, repeats=4)
     (cell,) = job.cells(session.variants)
     rows = job.rows({cell: job.run(cell, session).data})
-    assert order[1:] == ["dense", "streaming", "streaming", "dense"] * 2
+    assert order[1:] == [*"ABBA", *"BAAB"]
     assert [(r["ttft_speedup"], r["tpot_speedup"], r["tokens_per_second"]) for r in rows] == [(1, 1, 1), (2, 2, 2)]
     assert {b["relation"] for b in break_evens(rows)} == {"at most"}
 
