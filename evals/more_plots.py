@@ -7,7 +7,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from .plots import COLOURS, MARKERS, STYLE, length_axis, look, names_of, save
+from .plots import COLOURS, STYLE, bars, length_axis, look, names_of, save
+from .stats import tokens
 
 Row = dict[str, Any]
 PERCENT = FuncFormatter(lambda y, _: f"{y:.0%}")
@@ -15,11 +16,12 @@ PERCENT = FuncFormatter(lambda y, _: f"{y:.0%}")
 
 def scores(rows: Sequence[Row], path: Path, title: str) -> Path:
     """Score by prompt length, or by task where there are no lengths."""
-    names = names_of(rows)
+    names, lengths = names_of(rows), sorted({r["length"] for r in rows if "length" in r})
+    if len(lengths) == 1:
+        return _score_bars(rows, path, f"{title}, prompts of {tokens(lengths[0])} tokens")
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7.5, 4.2))
-        if "length" in rows[0]:
-            lengths = sorted({r["length"] for r in rows})
+        if lengths:
             for n, name in enumerate(names):
                 own = sorted((r for r in rows if r["variant"] == name), key=lambda r: r["length"])
                 axis.plot([r["length"] for r in own], [r["score"] for r in own], label=name, **look(n))
@@ -40,6 +42,17 @@ def scores(rows: Sequence[Row], path: Path, title: str) -> Path:
         return save(figure, path)
 
 
+def _score_bars(rows: Sequence[Row], path: Path, title: str) -> Path:
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(7.5, 0.28 * len(rows) + 1.4))
+        bars([(r["variant"], r["score"]) for r in rows], axis, ".0%")
+        axis.set_xlabel("score")
+        axis.set_xlim(0, 1.1)
+        axis.xaxis.set_major_formatter(PERCENT)
+        figure.suptitle(title)
+        return save(figure, path)
+
+
 def accuracy_density(points: Sequence[Row], path: Path, title: str) -> Path:
     """Mean score against the share of keys attended to; settings of one method are joined by a line."""
     families: dict[str, list[Row]] = {}
@@ -50,18 +63,15 @@ def accuracy_density(points: Sequence[Row], path: Path, title: str) -> Path:
         for n, (family, own) in enumerate(families.items()):
             own = sorted(own, key=lambda p: p["density"])
             x, y = [p["density"] for p in own], [p["score"] for p in own]
-            colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
-            axis.plot(
-                x, y, color=colour, marker=marker, markersize=8, label=family, clip_on=False,
-                linestyle="-" if len(own) > 1 else "none", markeredgecolor="white",
-            )  # fmt: skip
+            line = {"linestyle": "-" if len(own) > 1 else "none", "label": family, "clip_on": False}
+            axis.plot(x, y, **{**look(n), "markersize": 8, **line})
         axis.set_xlabel("keys attended to (mean over the tasks)")
         axis.set_ylabel("score (mean over the tasks)")
         axis.set_xlim(0, 1.02)
         axis.set_ylim(0, 1.05)
         axis.xaxis.set_major_formatter(PERCENT)
         axis.yaxis.set_major_formatter(PERCENT)
-        figure.legend(loc="outside lower center", ncols=min(len(families), 5))
+        figure.legend(loc="outside lower center", ncols=min(len(families), 4))
         figure.suptitle(title)
         return save(figure, path)
 

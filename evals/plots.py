@@ -31,8 +31,11 @@ def names_of(rows: Sequence[Row]) -> list[str]:
 
 
 def look(n: int) -> dict[str, Any]:
-    """Colour and marker of the n-th variant."""
-    return {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 6}
+    """Colour and marker of the n-th variant; the second round of colours is hollow."""
+    turn = n // len(COLOURS)
+    colour = COLOURS[n % len(COLOURS)]
+    style = {"color": colour, "marker": MARKERS[(n + turn // 2) % len(MARKERS)], "markersize": 6}
+    return {**style, "markerfacecolor": "white" if turn % 2 else colour}
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -118,9 +121,40 @@ def _plain_ticks(axis: Axes) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
+def bars(values: Sequence[tuple[str, float]], axis: Axes, form: str) -> None:
+    """One horizontal bar per variant, the first on top, with its figure in the format `form`."""
+    axis.barh(range(len(values)), [v for _, v in values], color=COLOURS[1], height=0.7)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for y, (_, value) in enumerate(values):
+        axis.annotate(
+            f"{value:{form}}", (value, y), (4, 0), textcoords="offset points", va="center", fontsize=8, bbox=box
+        )
+    axis.set_yticks(range(len(values)), [_wrap(name) for name, _ in values])
+    axis.set_ylim(len(values) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+
+
+def _speed_bars(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Speed relative to dense at the longest prompt: what stays readable with many variants."""
+    longest = max(r["length"] for r in rows)
+    own = [r for r in rows if r["length"] == longest and r["variant"] != rows[0]["variant"]]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.28 * len(own) + 1.7), sharey=True)
+        for axis, key, what in zip(axes, ("ttft", "tpot"), ("to the first token", "per further token"), strict=True):
+            axis.axvline(1, color="black", linewidth=1, zorder=0.9)
+            bars([(r["variant"], r[f"{key}_speedup"]) for r in own], axis, ".2f")
+            axis.set_xlim(0, 1.15 * max(1.0, *(r[f"{key}_speedup"] for r in own)))
+            axis.set_title(what, fontsize=10)
+        figure.supxlabel("speed relative to dense (above 1: faster)", fontsize=10)
+        figure.suptitle(f"{title}, prompts of {tokens(longest)} tokens")
+        return save(figure, path)
+
+
 def latency(rows: Sequence[Row], path: Path, title: str) -> Path:
     """Time to the first token, per further token, and both relative to dense; bars show the spread."""
     names, lengths = names_of(rows), sorted({r["length"] for r in rows})
+    if len(names) > len(COLOURS):
+        return _speed_bars(rows, path, title)
     panels = (("ttft", 1, "time to first token (s)"), ("tpot", 1000, "time per further token (ms)"))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.1))

@@ -8,6 +8,7 @@ from io import StringIO
 import pytest
 from hfpatch.evals.compare import differences, print_comparison, values
 from hfpatch.evals.errors import EvaluationError
+from hfpatch.evals.plots import latency, look
 from hfpatch.evals.recipe import load_recipe
 from hfpatch.evals.recipe_run import build_run
 from hfpatch.evals.report import write_report
@@ -16,6 +17,7 @@ from hfpatch.evals.runner import execute
 from hfpatch.evals.stats import memory_text, spread_text, time_text, tokens
 from hfpatch.evals.summary import headline, score_points, sentences
 from hfpatch.evals.tables import print_results
+from PIL import Image
 from rich.console import Console
 
 RECIPE = """title: Small <run>
@@ -121,3 +123,17 @@ def test_units():
     assert spread_text({"median": 1.0, "low": 0.97, "high": 1.03}) == "1.00 s (0.97..1.03)"
     assert spread_text({"median": 0.0123, "low": 0.0118, "high": 1.5}) == "12.3 ms (11.8..1500.0)"
     assert [memory_text(b) for b in (3 * 2**20, 3 * 2**30)] == ["3 MiB", "3.00 GiB"]
+
+
+def test_many_variants_keep_colours_and_markers_apart_and_become_bars(tmp_path):
+    looks = [look(n) for n in range(16)]
+    assert len({(s["color"], s["marker"], s["markerfacecolor"]) for s in looks}) == 16
+    spread = {"median": 1.0, "low": 1.0, "high": 1.0}
+    rows = [
+        {"variant": f"method {n}", "length": 64, "ttft": spread, "tpot": spread,
+         "ttft_speedup": 1.0, "tpot_speedup": 0.5}
+        for n in range(12)
+    ]  # fmt: skip
+    few = Image.open(latency(rows[:4], tmp_path / "few.png", "few")).size
+    many = Image.open(latency(rows, tmp_path / "many.png", "many")).size
+    assert few != many and many[1] > few[1]
