@@ -17,6 +17,7 @@ from hfpatch.evals.estimate import Speed, estimate
 from hfpatch.evals.models import Loaded
 from hfpatch.evals.recipe import FOLDER, find_recipe, list_recipes, load_recipe
 from hfpatch.evals.recipe_run import build_run
+from hfpatch.evals.report import write_report
 from hfpatch.evals.results import Journal, read_results
 from hfpatch.evals.runner import execute
 from hfpatch.evals.variants import parse_variants
@@ -96,16 +97,24 @@ def test_malformed_patch_config_is_one_sentence_with_file_and_line(tmp_path, nam
     assert told.startswith(f"{file}:{line}: ") and sentence in told and "\n" not in told
 
 
-def test_malformed_recipe_leaves_the_command_with_code_2(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, name", [("recipe", n) for n in BAD_RECIPES] + [("config", n) for n in BAD_CONFIGS])
+def test_malformed_file_leaves_the_command_with_one_line_and_code_2(kind, name, tmp_path, monkeypatch, capsys):
     from hfpatch import cli
 
-    file = tmp_path / "bad.yaml"
-    file.write_text(BAD_RECIPES["unknown key"][0])
-    monkeypatch.setattr(sys, "argv", ["hfpatch", "run", str(file), "--out", str(tmp_path)])
+    text, line, _ = (BAD_RECIPES if kind == "recipe" else BAD_CONFIGS)[name]
+    file = tmp_path / ("bad.yaml" if kind == "recipe" else "bad.json")
+    file.write_text(text)
+    words = {
+        "recipe": ["run", str(file), "--out", str(tmp_path / "out")],
+        "config": ["niah", "embedded", "-p", str(file)],
+    }
+    monkeypatch.setattr(sys, "argv", ["hfpatch", *words[kind]])
     with pytest.raises(SystemExit) as left:
         cli.main()
-    told = capsys.readouterr().err
-    assert left.value.code == 2 and told.startswith(f"hfpatch: {file}:9: ") and len(told.splitlines()) == 1
+    told = capsys.readouterr()
+    assert left.value.code == 2 and told.err.startswith(f"hfpatch: {file}:{line}: ")
+    assert len(told.err.splitlines()) == 1 and "Traceback" not in told.err + told.out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted(FOLDER.glob("*.yaml"))])
@@ -114,6 +123,28 @@ def test_shipped_recipes_are_valid_and_say_what_they_answer(name, folder):
     assert len(found.data["about"]) > 20 and found.data["output"] == f"out/{name}"
     run = build_run(load_recipe(find_recipe(name), [f"model={folder}"]))
     assert run.variants[0].name == "dense" and len(run.variants) > 1 and run.cells()
+
+
+OFFLINE = [name for name in list_recipes() if not load_recipe(find_recipe(name)).data.get("needs_network")]
+SHORT = {"lengths": [256], "depths": [50], "samples": 1, "decode_tokens": 2, "repeats": 1}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_every_offline_recipe_runs_in_a_short_profile(name, tmp_path):
+    data = load_recipe(find_recipe(name)).data
+    parts = {part: data[part] for part in ("tasks", "measures") if part in data}
+    if data["variants"] == "all":  # a process per variant: one recipe that measures memory is enough
+        parts["measures"] = [m for m in parts["measures"] if m["measure"] != "memory"]
+    short = {part: [e | {k: v for k, v in SHORT.items() if k in e} for e in parts[part]] for part in parts}
+    overrides = [f"{part}={json.dumps(entries)}" for part, entries in short.items()]
+    run = build_run(load_recipe(find_recipe(name), overrides))
+    results = execute(run, tmp_path)
+    assert len(results["jobs"]) == sum(len(entries) for entries in short.values())
+    for job in results["jobs"]:
+        assert {row["variant"] for row in job["rows"]} == {v.name for v in run.variants}
+        if job["kind"] == "niah":
+            assert job["rows"][0] | {"variant": "dense", "score": 1.0} == job["rows"][0]
+    assert (tmp_path / "results.json").is_file() and write_report(results, tmp_path)[-1].name == "report.html"
 
 
 def test_unknown_recipe_has_near_names():
