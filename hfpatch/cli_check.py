@@ -1,7 +1,8 @@
-"""`hfpatch check`: what patching would do to each attention layer."""
+"""`hfpatch check` and `hfpatch inspect`: what patching would do to each attention layer, and what one then sees."""
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -10,7 +11,7 @@ from rich.text import Text
 from .api import patched, plan_patch
 from .cli_console import console
 from .config import MethodConfig
-from .errors import HfpatchError
+from .errors import ConfigError, HfpatchError
 from .evals.models import load_model
 from .evals.variants import Variant, make_variant
 from .injection import Survey, survey
@@ -85,3 +86,34 @@ def _refusal(name: str, model: Any, variant: Variant) -> str | None:
                 return None
     except HfpatchError as error:
         return str(error)
+
+
+def show_layer(
+    loaded: Any, variant: Variant, layer: int | None, head: int, length: int, text: Path | None, out: Path
+) -> None:
+    """Draw what a patch lets one layer see of one prompt; print the figures beside it."""
+    from .draw import draw_layer
+    from .evals.generation import text_ids
+    from .evals.models import check_length
+
+    if variant.config is None or len(_methods(variant)) == 0:
+        raise ConfigError("Name one patch to look at: --patch dhsa.")
+    if text is None:
+        ids = text_ids(loaded, length)
+    else:
+        ids = loaded.tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :length]
+        ids = ids.to(loaded.device)
+    check_length(loaded, ids.shape[1])
+    if layer is None:
+        plan = plan_patch(loaded.model, _methods(variant))
+        layer = next((found.index for found, what in plan if _is_patched(what, variant)), 0)
+    file = out / f"layer-{layer}-head-{head}.png"
+    seen = draw_layer(loaded.model, ids, variant.config, layer, file, head)
+    chunks = (
+        "" if seen.starts is None else f", {len(seen.starts)} chunks of {seen.length / len(seen.starts):.1f} tokens"
+    )
+    console.print(
+        f"{variant.name}, layer {layer}: {seen.density:.1%} of the keys dense causal attention sees over "
+        f"{seen.length:,} tokens{chunks}; written to {file}",
+        markup=False,
+    )

@@ -1,11 +1,11 @@
-"""Commands that run the model: niah, bench, demo."""
+"""Commands that run the model: inspect, niah, bench, demo."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_console import console
+from .cli_console import console, quieten
 from .cli_options import (
     Device,
     Dtype,
@@ -20,6 +20,7 @@ from .cli_options import (
     positive,
 )
 from .cli_run import execute_and_show
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .evals.variants import Variant
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands of this file."""
-    for command in (niah, bench, demo):
+    for command in (inspect, niah, bench, demo):
         app.command()(command)
 
 
@@ -35,6 +36,31 @@ def _variants(patch: list[str] | None, pairs: list[str] | None, patch_args: str 
     from .evals.variants import parse_settings, parse_variants
 
     return parse_variants(patch or [], parse_settings(pairs or [], patch_args))
+
+
+def inspect(
+    model: Model,
+    patch: Patches = None,
+    set: Settings = None,
+    patch_args: PatchArgs = None,
+    layer: Annotated[int | None, typer.Option(help="Decoder layer; the first patched one by default.")] = None,
+    head: Annotated[int, typer.Option(help="Query head (or key-value group) to draw, from 0.")] = 0,
+    length: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "2k",
+    text: Annotated[Path | None, typer.Option(help="A text file instead of the shipped prose.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    out: Out = Path("out/inspect"),
+) -> None:
+    """Draw the keys one layer lets every query see, and the chunks of dhsa, as a PNG."""
+    quieten()
+    from .cli_check import show_layer
+    from .evals.models import load_model
+
+    (size,) = numbers(length, "length", low=16)[:1]
+    variants = _variants(patch, set, patch_args)[1:]
+    if len(variants) != 1:
+        raise ConfigError("Name one patch to look at: --patch dhsa.")
+    show_layer(load_model(model, dtype, device), variants[0], layer, head, size, text, out)
 
 
 def niah(

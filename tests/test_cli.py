@@ -89,6 +89,23 @@ def test_bench_writes_results_and_plots(run, folder, tmp_path):
     assert (tmp_path / "latency.png").is_file() and "x dense" in text
 
 
+def test_inspect_draws_one_layer_and_says_what_it_saw(run, folder, tmp_path):
+    words = ("inspect", folder, "--length", "257", "--layer", "1", "--head", "1", "--out", tmp_path)
+    code, text, err = run(*words, "-p", "block_topk:budget=64,block_q=16,block_k=16,min_length=0")
+    assert code == 0 and "layer 1" in text and "chunks" not in text, err
+    assert (tmp_path / "layer-1-head-1.png").read_bytes()[:4] == b"\x89PNG"
+    code, text, _ = run(*words, "-p", "dhsa:budget=64,sink=4,local=8,block_q=16,question_tokens=0")
+    assert code == 0 and "chunks of" in text and "257 tokens" in text
+    code, _, err = run(*words, "-p", "zerotuning")
+    assert code == 2 and "nothing to draw" in err
+    code, _, err = run(
+        *words[:-4], "--head", "9", "-p", "quest+block_topk:budget=64,block_q=16,block_k=16,min_length=0"
+    )
+    assert code == 2 and "no head 9" in err
+    code, _, err = run(*words)
+    assert code == 2 and "Name one patch" in err
+
+
 BAD = {
     "near name": (["niah", "F", "-p", "streming"], "did you mean 'streaming'"),
     "setting": (["niah", "F", "-p", "streaming", "-s", "windw=3"], "No patch has a setting 'windw'"),

@@ -14,8 +14,8 @@ from hfpatch import ConfigError, PatchConfig, patched
 from hfpatch.calibrate import dhsa as calibrate
 from hfpatch.call import AttentionCall
 from hfpatch.dhsa import labels
-from hfpatch.dhsa.draw import draw_layer, kept_map, look
 from hfpatch.dhsa.predictor import BoundaryPredictor, load_predictor
+from hfpatch.draw import draw_layer, kept_map, look
 from hfpatch.methods.dhsa import DhsaConfig
 from hfpatch.selection import Layout, SinkWindow
 
@@ -234,8 +234,12 @@ def test_drawing_shows_chunks_and_kept_keys(tmp_path: Path) -> None:
     seen = look(model, ids, config, 1)
     assert seen.length == 63 and seen.kept.shape[-2:] == (63, 63) and int(seen.starts[0]) == 0
     assert (seen.kept[0, -1] > 0).all() and not (seen.kept[0, 50] > 0).all()
-    file = draw_layer(model, ids, config, 1, tmp_path / "layer.png")
-    assert file.read_bytes()[:4] == b"\x89PNG"
+    drawn = draw_layer(model, ids, config, 1, tmp_path / "layer.png")
+    assert (tmp_path / "layer.png").read_bytes()[:4] == b"\x89PNG" and drawn.density == seen.density
+    with patched(model, config) as patch, torch.no_grad():
+        model(ids)
+        line = next(x for x in patch.report().lines if x.layer == 1)
+        assert line.stats.attended / line.stats.visible == pytest.approx(seen.density)
     with pytest.raises(ConfigError, match="not patched"):
         draw_layer(model, ids, config, 7, tmp_path / "none.png")
 
