@@ -28,7 +28,7 @@ class Seen:
 
 
 def kept_map(selection: Selection | None, at: Layout, pixels: int = PIXELS) -> Tensor:
-    """Share of visible pairs per cell of a grid of at most `pixels` a side, `[H, rows, columns]`, of the first row.
+    """Share of pairs kept per cell of a grid of at most `pixels` a side, `[H, rows, columns]`, of the first row.
 
     A few queries at a time, so that a long prompt's mask is never written out whole.
     """
@@ -46,7 +46,8 @@ def kept_map(selection: Selection | None, at: Layout, pixels: int = PIXELS) -> T
             row = (start + n) * side // at.Lq
             rows[row] = rows.get(row, 0) + cells[:, n]
     kept = torch.stack([rows[r] for r in sorted(rows)], 1)
-    return kept / kept.amax().clamp_min(1)
+    height = (torch.arange(at.Lq, device=at.device) * side // at.Lq).bincount()
+    return kept / (height[height > 0][:, None] * column.bincount())
 
 
 def _some(selection: Selection, at: Layout, start: int, stop: int) -> Tensor:

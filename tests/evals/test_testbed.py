@@ -11,6 +11,8 @@ from hfpatch.evals.testbed import text
 from hfpatch.evals.testbed.evaluate import cell
 from hfpatch.evals.testbed.train import main as train
 
+from hfpatch import PatchConfig, patched
+
 
 @pytest.fixture(scope="module")
 def loaded():
@@ -79,3 +81,9 @@ def test_short_training_lowers_the_loss_and_resumes(tmp_path):
     resumed = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert resumed["step"] > rows[-1]["step"] and resumed["seconds"] >= 2.2 * 60
     assert resumed["loss96"] < 0.8 * rows[0]["loss96"]
+
+
+def test_saved_patches_name_the_embedded_model_and_no_folder(loaded, tmp_path):
+    with patched(loaded[0], "streaming") as patch:
+        patch.config.save_pretrained(tmp_path)
+    assert PatchConfig.from_pretrained(tmp_path).base_model_name_or_path == "embedded"
