@@ -100,14 +100,16 @@ def _first_key(
     plain = selection is None and group.positive and call.softcap is None and call.bias is None
     if not plain or group.keys != slice(0, 1) or not isinstance(factor, Tensor) or factor.dim() != 1:
         return None
-    k, v = call.k[:, :, 0].to(lse.dtype), call.v[:, :, 0].to(lse.dtype)
-    if call.groups > 1:
-        k, v = k.repeat_interleave(call.groups, 1), v.repeat_interleave(call.groups, 1)
-    logits = (call.q[:, :, 0].to(lse.dtype) * k).sum(-1)
-    extra = torch.exp(logits * call.scale - lse[..., 0]) * (factor - 1)
-    norm = 1 + extra
-    total = torch.addcmul(out[:, 0].to(lse.dtype), extra[..., None], v) / norm[..., None]
-    return total[:, None].to(out.dtype), lse + norm.log()[..., None]
+    heads, dtype = (call.Hkv, call.groups), lse.dtype
+    q, k, v = (call.q, call.k[:, :, :1], call.v[:, :, :1]) if call.q.dtype == dtype else (
+        t.to(dtype) for t in (call.q, call.k[:, :, :1], call.v[:, :, :1])
+    )  # fmt: skip
+    logits = (q.reshape(-1, *heads, q.shape[-1]) @ k.mT).reshape(lse.shape)
+    extra = (factor - 1)[:, None] * torch.sub(logits, lse, alpha=1 / call.scale).mul_(call.scale).exp_()
+    norm = extra + 1
+    share = (extra / norm).reshape(-1, *heads, 1)
+    total = torch.lerp(out.to(dtype).reshape(-1, *heads, v.shape[-1]), v, share).reshape(out.shape)
+    return total.to(out.dtype), lse + norm.log()
 
 
 def _from_all_keys(
