@@ -24,7 +24,7 @@ def values(results: Row) -> Values:
 
 
 def _numbers(job: Row) -> Iterator[tuple[str, Row, float]]:
-    if job["kind"] == "niah":
+    if job["kind"] in ("niah", "reader"):
         groups: dict[tuple[str, int], list[Row]] = {}
         for row in job["rows"]:
             groups.setdefault((row["variant"], row["length"]), []).append(row)

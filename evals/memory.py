@@ -69,7 +69,7 @@ class MemoryJob:
         ]
 
 
-class _PeakReader:
+class PeakReader:
     """Reads and resets a high-water mark of memory, in bytes."""
 
     def __init__(self, how: str, peak: Callable[[], int], now: Callable[[], int], reset: Callable[[], None]) -> None:
@@ -83,7 +83,8 @@ def _status(field: str) -> int:
     raise EvaluationError(f"/proc/self/status has no {field}; memory cannot be measured on this system.")
 
 
-def _trim() -> None:
+def trim() -> None:
+    """Give freed memory back to the system, where it can be told to."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -99,9 +100,10 @@ def _rusage_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _reader(device: torch.device) -> _PeakReader:
+def peak_reader(device: torch.device) -> PeakReader:
+    """How peak memory is read on this device."""
     if device.type == "cuda":
-        return _PeakReader(
+        return PeakReader(
             "CUDA allocator, peak allocated", lambda: torch.cuda.max_memory_allocated(device),
             lambda: torch.cuda.memory_allocated(device), lambda: torch.cuda.reset_peak_memory_stats(device),
         )  # fmt: skip
@@ -109,14 +111,14 @@ def _reader(device: torch.device) -> _PeakReader:
         _clear_refs()
         _status("VmHWM")
     except OSError:
-        return _PeakReader("child process, ru_maxrss", _rusage_peak, _rusage_peak, lambda: None)
-    return _PeakReader("child process, VmHWM", lambda: _status("VmHWM"), lambda: _status("VmRSS"), _clear_refs)
+        return PeakReader("child process, ru_maxrss", _rusage_peak, _rusage_peak, lambda: None)
+    return PeakReader("child process, VmHWM", lambda: _status("VmHWM"), lambda: _status("VmRSS"), _clear_refs)
 
 
 class _PhasePeaks(Stopwatch):
     """Splits the peak at the first token."""
 
-    def __init__(self, reader: _PeakReader) -> None:
+    def __init__(self, reader: PeakReader) -> None:
         super().__init__()
         self.reader, self.prefill = reader, 0
 
@@ -128,11 +130,11 @@ class _PhasePeaks(Stopwatch):
 
 
 def _measure(loaded: Loaded, variant: Variant, length: int, decode_tokens: int, seed: int) -> Data:
-    reader = _reader(loaded.device)
+    reader = peak_reader(loaded.device)
     ids = text_ids(loaded, length, seed)
     with variant.applied(loaded.model):
         generate_tokens(loaded, ids[:, :16], 2)
-        _trim()
+        trim()
         if loaded.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

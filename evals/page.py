@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from jinja2 import Environment
@@ -11,7 +12,7 @@ from markupsafe import Markup
 
 from .page_template import STYLE, TABLE, TEMPLATE
 from .results import write_text
-from .stats import break_even_text, memory_text, spread_text, tokens
+from .stats import break_even_text, memory_text, share, spread_text, time_text, tokens
 from .summary import headline, sentences
 from .variants import DENSE
 
@@ -22,6 +23,12 @@ HOW = {
         "A sentence with a six-digit code is hidden at a given depth of a long text, and the model is asked for the "
         "code at the end of the same prompt. Each square is the share of codes it found: 0 % depth is the start of "
         "the text, 100 % the end, right before the question.",
+    ),
+    "reader": (
+        "Facts beyond the window",
+        "A fact is hidden at a given depth of a text that may be far longer than the model's window. A variant that "
+        "reads in chunks gets the text as a stream and answers from the sentences it kept; the others get it as one "
+        "prompt. Each square is the share of answers found.",
     ),
     "task": (
         "Task {label}",
@@ -120,8 +127,8 @@ def _headline(results: Row) -> Row:
 def _section(job: Row, image: Path) -> Row:
     title, how = HOW[job["kind"]]
     table, lines = {
-        "niah": _scores, "task": _scores, "lm-eval": _lm_eval, "perplexity": _perplexity, "latency": _latency,
-        "memory": _memory,
+        "niah": _scores, "reader": _reader, "task": _scores, "lm-eval": _lm_eval, "perplexity": _perplexity,
+        "latency": _latency, "memory": _memory,
     }[job["kind"]](job)  # fmt: skip
     title = title.format(label=job["label"])
     if job["label"] not in (job["kind"], title.split()[-1]):
@@ -130,7 +137,7 @@ def _section(job: Row, image: Path) -> Row:
         "title": title,
         "how": how,
         "image": _data_uri(image),
-        "wide": job["kind"] in ("niah", "latency"),
+        "wide": job["kind"] in ("niah", "reader", "latency"),
         "table": table,
         "lines": lines,
     }
@@ -153,6 +160,22 @@ def _scores(job: Row) -> tuple[Row, list[str]]:
         body.append([cell(name), *cells, cell(f"{last['density_prefill']:.0%} / {last['density_decode']:.0%}")])
     header = ["score at", *map(tokens, lengths), f"keys attended at {tokens(lengths[-1])}, prefill / decoding"]
     return _table(header, body), [question_note(job["rows"])]
+
+
+def _reader(job: Row) -> tuple[Row, list[str]]:
+    names, lengths = _pivot(job)
+    body = []
+    for name in names:
+        own = [r for r in job["rows"] if r["variant"] == name]
+        last = [r for r in own if r["length"] == max(r["length"] for r in own)]
+        kept = [r["kept"] for r in last if r["kept"] is not None]
+        found = [cell(share([r for r in own if r["length"] == n])) for n in lengths]
+        body.append([
+            cell(name), *found, cell(f"{mean(kept):.0%}" if kept else "-"), cell(str(last[0]["chunks"] or "-")),
+            cell(time_text(mean(r["seconds"] for r in last))), cell(memory_text(max(r["peak"] for r in last))),
+        ])  # fmt: skip
+    header = ["found at", *map(tokens, lengths), "facts kept", "chunks", "per text", "peak memory"]
+    return _table(header, body), ["The last four columns are those of the variant's longest texts."]
 
 
 def question_note(rows: Sequence[Row]) -> str:

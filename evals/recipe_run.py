@@ -16,13 +16,15 @@ from .models import load_skeleton
 from .niah import NiahJob
 from .patch_files import checked_config
 from .perplexity_job import PerplexityJob
+from .reader_job import ReaderJob
 from .runner import Run
 from .task_job import TaskJob
 from .tasks import get_task
 from .variants import DENSE, THROUGH, Variant, make_variant, parse_variants
 
 JOBS: dict[str, Any] = {
-    "niah": NiahJob, "perplexity": PerplexityJob, "lm-eval": LmEvalJob, "latency": LatencyJob, "memory": MemoryJob,
+    "niah": NiahJob, "reader": ReaderJob, "perplexity": PerplexityJob, "lm-eval": LmEvalJob,
+    "latency": LatencyJob, "memory": MemoryJob,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from .summary import jobs, score_points
 Plot = Callable[[list[dict[str, Any]], Path, str], Path]
 PLOTS: dict[str, tuple[Plot, str]] = {
     "niah": (plots.heat_map, "Needle in a haystack"),
+    "reader": (plots.heat_map, "Facts beyond the window"),
     "task": (more_plots.scores, "Score by prompt length"),
     "lm-eval": (more_plots.scores, "lm-eval scores"),
     "perplexity": (more_plots.perplexity, "Perplexity by position"),

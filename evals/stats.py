@@ -79,3 +79,9 @@ def break_even_text(found: Mapping[str, Any]) -> str:
     if found["relation"] == "after":
         return f"faster than dense somewhere after {length} tokens, where the spread hides it"
     return f"not clearly faster than dense up to {length} tokens"
+
+
+def share(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Found of asked, over the depths of one length; nothing where nothing was asked."""
+    asked = sum(r["samples"] for r in rows)
+    return f"{round(sum(r['score'] * r['samples'] for r in rows))} of {asked}" if asked else ""

@@ -1,6 +1,7 @@
 """Terminal tables of a run."""
 
 from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import Any
 
 from rich.box import SIMPLE
@@ -9,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .plots import names_of
-from .stats import break_even_text, memory_text, spread_text, tokens
+from .stats import break_even_text, memory_text, share, spread_text, time_text, tokens
 from .summary import sentences
 from .variants import DENSE
 
@@ -116,9 +117,29 @@ def lm_eval_table(job: Row) -> RenderableType:
     return table
 
 
+def reader_table(job: Row) -> RenderableType:
+    """Share of answers found per variant and length, all depths together, and what the longest text took."""
+    rows = job["rows"]
+    lengths = sorted({r["length"] for r in rows})
+    table = _table(
+        f"{job['label']}: answers found (all depths)", "variant", *map(tokens, lengths), "facts kept", "per text"
+    )
+    for name in names_of(rows):
+        own = [r for r in rows if r["variant"] == name]
+        last = [r for r in own if r["length"] == max(r["length"] for r in own)]
+        kept = [r["kept"] for r in last if r["kept"] is not None]
+        table.add_row(
+            Text(name), *(share([r for r in own if r["length"] == n]) for n in lengths),
+            f"{mean(kept):.0%}" if kept else "-",
+            time_text(mean(r["seconds"] for r in last)),
+        )  # fmt: skip
+    note = "facts kept and seconds per text are those of the variant's longest texts"
+    return Group(table, Text(note, style="dim"))
+
+
 TABLES: dict[str, Callable[[Row], RenderableType]] = {
-    "niah": score_table, "task": score_table, "perplexity": perplexity_table, "lm-eval": lm_eval_table,
-    "latency": latency_table, "memory": memory_table,
+    "niah": score_table, "reader": reader_table, "task": score_table, "perplexity": perplexity_table,
+    "lm-eval": lm_eval_table, "latency": latency_table, "memory": memory_table,
 }  # fmt: skip
 
 

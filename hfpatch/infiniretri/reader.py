@@ -1,5 +1,6 @@
 """The reading loop: one forward per chunk, kept sentences go in front of the next."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from .prompt import Prompt, left_padded, make_prompt, tokenize
-from .scores import QuestionView
+from .scores import QuestionView, Seen
 from .sentences import Encoded, Sentence, chunks, faithful_end, plain_end, sentences
 
 Context = str | Iterable[str]
@@ -151,9 +152,11 @@ class Reader:
         rows = [i.prompt.ids([t for e in c for t in e.ids]) for i, c in zip(items, contexts, strict=True)]
         self.capture.questions = {n: len(item.prompt.tail) for n, item in enumerate(items)}
         self.capture.views = {}
+        self.capture.stop = getattr(self.model, "hf_device_map", None) is None
         try:
             batch = left_padded(rows, self._pad(), self.model.device)
-            self.model(**batch, use_cache=False, logits_to_keep=1)
+            with contextlib.suppress(Seen):
+                self.model(**batch, use_cache=False, logits_to_keep=1)
             views = self.capture.views
         finally:
             self.capture.questions, self.capture.views = None, {}

@@ -7,6 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+class Seen(Exception):
+    """Every question has been looked at: the layers above are not needed."""
+
+
 @dataclass(frozen=True)
 class QuestionView:
     """Where the question's tokens look: `weights [nq, T]`, softmax weights of the last nq rows summed over heads."""

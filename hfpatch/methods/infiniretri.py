@@ -11,7 +11,7 @@ from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
 from ..infiniretri.reader import Context, Reader, Retrieval
-from ..infiniretri.scores import question_view
+from ..infiniretri.scores import Seen, question_view
 from ..method import Method
 from ..registry import register_method
 
@@ -43,17 +43,18 @@ class InfiniRetriConfig(MethodConfig):
 class InfiniRetri(Method):
     """A loop around the model: read in chunks, keep sentences, answer from what was kept.
 
-    InfiniRetri, arXiv 2502.12962. Only the question rows of the last full-attention layer are needed, so the model
-    runs its own attention and no map is kept. `mode="faithful"` takes the question's weights from the first chunk
-    and caps nothing, like the reference code; `"fixed"` takes them from each chunk and keeps to `keep_budget`.
-    `get_patch(model).retrieve(context, question, tokenizer=...)` and `.generate(...)` run it.
+    InfiniRetri, arXiv 2502.12962. Only the question rows of the last of `layers` with full attention are needed: the
+    model runs its own attention, no map is kept, and the layers above do not run while reading. `mode="faithful"`
+    takes the question's weights from the first chunk and caps nothing, like the reference code; `"fixed"` takes them
+    from each chunk and keeps to `keep_budget`. `get_patch(model).retrieve(context, question, tokenizer=...)` reads,
+    `.answer(found, tokenizer=...)` answers, and `.generate(context, question, ...)` does both.
     """
 
     config_class = InfiniRetriConfig
     summary = "reads beyond the window in chunks, answers from the sentences it kept"
     paper = "https://arxiv.org/abs/2502.12962"
     acts_in = frozenset({"prefill"})
-    drives = frozenset({"retrieve", "generate"})
+    drives = frozenset({"retrieve", "answer", "generate"})
 
     def __init__(self, config: InfiniRetriConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
@@ -76,6 +77,8 @@ class InfiniRetri(Method):
         for n, row in enumerate(call.rows):
             view = question_view(call.q[n], call.k[n], wanted[row], call.scale, call.softcap, call.sinks)
             self._reading.views[row] = view
+        if self._reading.stop and len(self._reading.views) == len(wanted):
+            raise Seen
 
     def _reader(self, model: nn.Module, tokenizer: Any) -> Reader:
         return Reader(model, tokenizer, self.settings, self._reading)
@@ -97,6 +100,14 @@ class InfiniRetri(Method):
         """
         return self._reader(model, tokenizer).retrieve(context, question, state_file, progress)
 
+    def answer(
+        self, model: nn.Module, found: Retrieval | list[Retrieval], *, tokenizer: Any = None, **generate_kwargs: Any
+    ) -> str | list[str]:
+        """Answer the question of one retrieval, or of each of a list, from what it kept. Raises InputError."""
+        several = found if isinstance(found, list) else [found]
+        answers = self._reader(model, tokenizer).answer(several, generate_kwargs)
+        return answers if isinstance(found, list) else answers[0]
+
     def generate(
         self,
         model: nn.Module,
@@ -109,7 +120,5 @@ class InfiniRetri(Method):
         **generate_kwargs: Any,
     ) -> str | list[str]:
         """Answer from the sentences `retrieve` keeps; other keywords go to `model.generate`. Raises InputError."""
-        reader = self._reader(model, tokenizer)
-        found = reader.retrieve(context, question, state_file, progress)
-        answers = reader.answer(found if isinstance(found, list) else [found], generate_kwargs)
-        return answers if isinstance(found, list) else answers[0]
+        found = self.retrieve(model, context, question, tokenizer=tokenizer, state_file=state_file, progress=progress)
+        return self.answer(model, found, tokenizer=tokenizer, **generate_kwargs)

@@ -152,12 +152,26 @@ def test_composes_with_a_patch_underneath() -> None:
         assert found.kept and patch.report().density("prefill") < 0.9
 
 
+def test_layers_above_the_one_asked_do_not_run_while_reading() -> None:
+    model, ran = tiny(), list[int]()
+    for n, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, n=n: ran.append(n))
+    with patched(model, "infiniretri", **SETTINGS, layers=[1]) as patch:
+        found = patch.retrieve(TEXT, QUESTION, tokenizer=byte_tokenizer(), progress=False)
+        assert ran == [0] * found.chunks
+        model.hf_device_map = {"": "cpu"}
+        again = patch.retrieve(TEXT, QUESTION, tokenizer=byte_tokenizer(), progress=False)
+    assert set(ran) == set(range(len(model.model.layers))) and again.kept == found.kept
+
+
 def test_generate_answers_from_what_was_kept() -> None:
     tokenizer, model = byte_tokenizer(), tiny()
     with patched(model, "infiniretri", **SETTINGS) as patch:
         found = patch.retrieve(TEXT, QUESTION, tokenizer=tokenizer, progress=False)
         kwargs = {"tokenizer": tokenizer, "progress": False, "max_new_tokens": 5, "do_sample": False}
         answer = patch.generate(TEXT, QUESTION, **kwargs)
+        kwargs.pop("progress")
+        assert patch.answer(found, **kwargs) == answer and patch.answer([found, found], **kwargs) == [answer] * 2
     prompt = make_prompt(tokenizer, "{context}\n\nQuestion: {question}\nAnswer:", QUESTION, None)
     ids = torch.tensor([prompt.ids(tokenize(tokenizer, found.text))])
     want = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
