@@ -82,6 +82,28 @@ def embedded_examples(count: int, shots: int = 6, seed: int = 0, renamed: bool =
     return out
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a calibration's examples come from: 'embedded', a file of JSON lines, or a Hub data set."""
+
+    data: str = "embedded"
+    split: str = "train"
+    prompt: str = "{text}"
+    answer: str = "label"
+    names: str = ""
+    shots: int = 6
+    renamed: bool = False
+
+    def load(self, count: int) -> list[Example]:
+        """At most `count` examples. Raises ConfigError."""
+        if self.data == "embedded":
+            return embedded_examples(count, self.shots, renamed=self.renamed)
+        if Path(self.data).suffix in (".jsonl", ".json"):
+            return read_examples(self.data)[:count]
+        labels = [f" {n.strip()}" for n in self.names.split(",")] if self.names else []
+        return hub_examples(self.data, self.split, count, self.prompt, self.answer, labels)
+
+
 @dataclass(frozen=True, eq=False)
 class Answers:
     """Next-token behaviour per example: greedy token, log-probabilities of all labels `[N, C]`, entropy `[N]`."""
@@ -160,3 +182,19 @@ def _by_length(ids: list[list[int]], batch: int) -> list[tuple[Tensor, Tensor]]:
         by_length.setdefault(len(x), []).append(n)
     chunks = [rows[a : a + batch] for rows in by_length.values() for a in range(0, len(rows), batch)]
     return [(torch.tensor(rows), torch.tensor([ids[n] for n in rows])) for rows in chunks]
+
+
+def measures(q: Questions, a: Answers, rows: Tensor) -> dict[str, Any]:
+    """Accuracy, share of invalid answers, accuracy among valid ones and among labels only, entropy."""
+    found: dict[str, Any] = {"entropy": float(a.entropy[rows].mean())}
+    if not q.supervised:
+        return found
+    right, valid = q.right_now(a)[rows].float(), q.valid(a)[rows].float()
+    return {
+        "accuracy": float(right.mean()),
+        "invalid": float(1 - valid.mean()),
+        "accuracy_of_valid": float((right * valid).sum() / valid.sum()) if valid.any() else None,
+        "accuracy_among_labels": float(q.right_among_labels(a)[rows].float().mean()),
+        "log_likelihood": float(q.log_likelihood(a)[rows].mean()),
+        **found,
+    }

@@ -14,13 +14,15 @@ import typer
 from torch import Tensor, nn
 
 from ..api import patched
+from ..cli_options import Device, Dtype, Model
 from ..errors import ConfigError
 from ..methods._model import query_heads
 from ..methods.zerotuning import ZeroTuningConfig
 from ..patch_config import PatchConfig
 from ..version import __version__
-from .classification import Answers, Example, Questions, embedded_examples, hub_examples, read_examples
+from .classification import Answers, Example, Questions, Source, measures
 from .intervals import paired, wilson
+from .options import Answer, Batch, Count, Data, Names, Prompt, Renamed, Shots, Split
 
 SWEEP_FILE = "calibration.json"
 OBJECTIVES = ("accuracy", "entropy")
@@ -149,22 +151,6 @@ def calibrate_zerotuning(
     return Calibration(s, len(questions), outcomes, sweep, name)
 
 
-def measures(q: Questions, a: Answers, rows: Tensor) -> dict[str, Any]:
-    """Accuracy, share of invalid answers, accuracy among valid ones and among labels only, entropy."""
-    found: dict[str, Any] = {"entropy": float(a.entropy[rows].mean())}
-    if not q.supervised:
-        return found
-    right, valid = q.right_now(a)[rows].float(), q.valid(a)[rows].float()
-    return {
-        "accuracy": float(right.mean()),
-        "invalid": float(1 - valid.mean()),
-        "accuracy_of_valid": float((right * valid).sum() / valid.sum()) if valid.any() else None,
-        "accuracy_among_labels": float(q.right_among_labels(a)[rows].float().mean()),
-        "log_likelihood": float(q.log_likelihood(a)[rows].mean()),
-        **found,
-    }
-
-
 def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[float, ...]:
     found = measures(q, a, rows)
     return (found["accuracy"], found["log_likelihood"]) if objective == "accuracy" else (-found["entropy"],)
@@ -243,25 +229,21 @@ def summary(c: Calibration) -> list[str]:
 
 
 def zerotuning(
-    model: Annotated[str, typer.Argument(help="Model folder, Hub id, or 'embedded'.", metavar="MODEL")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the sweep and one loadable patch per objective.")],
-    data: Annotated[
-        str, typer.Option(help="JSON lines with prompt, answer and labels; a Hub data set; or 'embedded'.")
-    ] = "embedded",
-    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
-    prompt: Annotated[str, typer.Option(help="Prompt template over a Hub data set's fields.")] = "{text}",
-    answer: Annotated[str, typer.Option(help="Field of a Hub data set with the label.")] = "label",
-    names: Annotated[str, typer.Option(help="Label texts by number, separated by commas.")] = "",
-    examples: Annotated[int, typer.Option(help="Examples to use; half are held out.")] = 400,
-    shots: Annotated[int, typer.Option(help="Labelled texts per prompt of the embedded task.")] = 6,
-    renamed: Annotated[
-        bool, typer.Option("--renamed", help="Embedded task with topics called by other words.")
-    ] = False,
+    data: Data = "embedded",
+    split: Split = "train",
+    prompt: Prompt = "{text}",
+    answer: Answer = "label",
+    names: Names = "",
+    examples: Count = 400,
+    shots: Shots = 6,
+    renamed: Renamed = False,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to tune; all by default.")] = None,
     seeds: Annotated[int, typer.Option(help="Splits to repeat the search on.")] = 3,
-    batch: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 32,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0; the accelerator if there is one.")] = None,
+    batch: Batch = 32,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Find heads and factor of `zerotuning`, by accuracy and by entropy; prints held-out results and controls."""
     from ..cli_console import console, progress, quieten
@@ -269,13 +251,7 @@ def zerotuning(
 
     quieten()
     loaded = load_model(model, dtype, device)
-    if data == "embedded":
-        found = embedded_examples(examples, shots, renamed=renamed)
-    elif Path(data).suffix in (".jsonl", ".json"):
-        found = read_examples(data)[:examples]
-    else:
-        labels = [f" {n.strip()}" for n in names.split(",")] if names else []
-        found = hub_examples(data, split, examples, prompt, answer, labels)
+    found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
     search = Search(seeds=tuple(range(seeds)), layers=layers)
     with progress("settings", 2 * (query_heads(loaded.model) or 0) + 1) as advance:
         result = calibrate_zerotuning(loaded.model, loaded.tokenizer, found, search, batch=batch, advance=advance)

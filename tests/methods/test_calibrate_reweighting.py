@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import hfpatch
 from hfpatch import PatchConfig, get_patch, patched
+from hfpatch.calibrate.act import calibrate_act
+from hfpatch.calibrate.act import summary as summary_of_act
 from hfpatch.calibrate.classification import (
     RENAMED,
     Answers,
@@ -21,11 +23,13 @@ from hfpatch.calibrate.classification import (
     embedded_examples,
     hub_examples,
     make_examples,
+    measures,
     read_examples,
 )
 from hfpatch.calibrate.gated import GateRecipe, calibrate_gated, divergence, running_texts
 from hfpatch.calibrate.intervals import paired, wilson
-from hfpatch.calibrate.zerotuning import Search, calibrate_zerotuning, measures, summary
+from hfpatch.calibrate.zerotuning import Search, calibrate_zerotuning, summary
+from hfpatch.methods.act import ACTConfig
 from hfpatch.methods.zerotuning import ZeroTuningConfig
 
 
@@ -203,3 +207,51 @@ def test_divergence_by_hand() -> None:
     want = float((p * (p / q).log()).sum())
     got: Tensor = divergence(p.log() + 3, q.log() - 1)
     assert abs(float(got) - want) < 1e-6
+
+
+def test_act_keeps_the_heads_that_help_alone(tmp_path: Path) -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    config = ACTConfig(beta=0.0, threshold=0.01)
+    plain = [Example(t, ("a", "b", "c", "d")) for t in make_texts(40)]
+    questions = Questions(Letters(), plain)
+    with patched(model, ACTConfig(beta=0.0, threshold=0.01, heads=[[1, 2]])):
+        names = [questions.names[n] for n in questions.ask(model).labels.argmax(-1)]
+    examples = [Example(e.prompt, e.labels, n) for e, n in zip(plain, names, strict=True)]
+    steps: list[int] = []
+    found = calibrate_act(model, Letters(), examples, config, rule="likelihood", advance=lambda: steps.append(1))
+    heads = [(h["layer"], h["head"]) for h in found.heads]
+    gains = {h: t["log_likelihood"] - found.base["log_likelihood"] for h, t in zip(heads, found.heads, strict=True)}
+    assert max(gains, key=lambda h: gains[h]) == (1, 2) and [1, 2] in found.kept
+    assert found.kept == [list(h) for h in heads if gains[h] > 0] and len(found.kept) < len(heads)
+    assert len(steps) == len(heads) + 4 and found.held_out["n"] == 20 and len(summary_of_act(found)) == 3
+    found.save(tmp_path)
+    saved = json.loads((tmp_path / "calibration.json").read_text())
+    assert saved["kept"] == found.kept and len(saved["heads"]) == len(heads)
+    ids = zoo.prompt(model, 1, 40)
+    with patched(model, PatchConfig.from_pretrained(tmp_path)):
+        loaded = logits(model, ids)
+    with patched(model, ACTConfig(beta=0.0, threshold=0.01, heads=found.kept)):
+        assert torch.equal(loaded, logits(model, ids))
+
+
+def test_act_calibration_refuses_what_it_cannot_use() -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    some = [Example(t, ("a", "b"), "a") for t in make_texts(8)]
+    for examples, words, sentence in (
+        (some, {"rule": "speed"}, "not one of"),
+        (some, {"config": ACTConfig(heads=[[0, 1]])}, "leave it out"),
+        (some[:4], {}, "too few"),
+        ([Example(e.prompt) for e in some], {}, "needs an 'answer'"),
+    ):
+        with pytest.raises(hfpatch.ConfigError, match=sentence):
+            calibrate_act(model, Letters(), examples, **words)
+
+
+def test_act_calibration_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hfpatch import cli
+
+    words = ["calibrate", "act", "embedded", "--examples", "8", "--layers", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["hfpatch", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0 and isinstance(PatchConfig.from_pretrained(tmp_path).methods[0], ACTConfig)
