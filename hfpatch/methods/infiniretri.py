@@ -54,7 +54,7 @@ class InfiniRetri(Method):
     summary = "reads beyond the window in chunks, answers from the sentences it kept"
     paper = "https://arxiv.org/abs/2502.12962"
     acts_in = frozenset({"prefill"})
-    drives = frozenset({"retrieve", "answer", "generate"})
+    drives = frozenset({"retrieve", "answer", "generate", "rank_layers"})
 
     def __init__(self, config: InfiniRetriConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
@@ -122,3 +122,21 @@ class InfiniRetri(Method):
         """Answer from the sentences `retrieve` keeps; other keywords go to `model.generate`. Raises InputError."""
         found = self.retrieve(model, context, question, tokenizer=tokenizer, state_file=state_file, progress=progress)
         return self.answer(model, found, tokenizer=tokenizer, **generate_kwargs)
+
+    def rank_layers(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        question: str = "What is the secret code for {key}?",
+        probes: int = 8,
+        seed: int = 0,
+    ) -> list[tuple[int, float]]:
+        """Which layer to take: `(layer, score)`, best first, from needles hidden in one chunk of made-up text.
+
+        The score is the mean of 1 / (place of the needle's sentence when sentences are ordered by theirs), 1 at best.
+        Ask with the model's own wording of questions, with {key} in it. Raises InputError.
+        """
+        from ..infiniretri.layers import rank_layers
+
+        return rank_layers(model, tokenizer, self.settings, question, probes, seed)

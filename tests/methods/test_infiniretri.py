@@ -259,3 +259,23 @@ def test_the_patch_without_reading_changes_nothing() -> None:
     assert issubclass(InputError, HfpatchError)
     with pytest.raises(AttributeError):
         _ = get_patch(model).nonsense
+
+
+def test_layers_are_ranked_by_what_they_find() -> None:
+    with patched(zoo.SUPPORTED["gemma2"].build(vocab_size=VOCAB), "infiniretri", **SETTINGS) as patch:
+        ranked = patch.rank_layers(tokenizer=byte_tokenizer(), probes=2)
+        assert {n for n, _ in ranked} == {1, 3} and all(0 < score <= 1 for _, score in ranked)
+        assert [score for _, score in ranked] == sorted((score for _, score in ranked), reverse=True)
+        assert patch.layers == [3] and get_patch(patch._model) is patch
+        for wrong in ({"tokenizer": None}, {"question": "Where?"}, {"probes": 0}):
+            with pytest.raises(InputError):
+                patch.rank_layers(**{"tokenizer": byte_tokenizer(), **wrong})
+
+
+def test_the_embedded_model_retrieves_in_layer_2() -> None:
+    from hfpatch.evals.testbed import load, text
+
+    model, tokenizer = load()
+    with patched(model, "infiniretri", template="{context}{question}", chunk_tokens=512) as patch:
+        ranked = patch.rank_layers(tokenizer=tokenizer, question=text.question("{key}"), probes=4)
+    assert ranked[0] == (2, 1.0) and ranked[1][1] < 0.9
