@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .backends import other_backends
 from .cells import Cell, CellResult, Data, Session
 from .correctness import check_variant
 from .generation import generate_tokens, text_ids
@@ -75,8 +76,12 @@ class LatencyJob:
         }  # fmt: skip
 
     def run(self, cell: Cell, session: Session) -> CellResult:
-        """Check the executors, which warms patched variants up once, warm up, then time all variants in turns."""
-        loaded, variants = session.loaded, session.variants
+        """Check the executors, which warms patched variants up once, warm up, then time all in turns.
+
+        Dense implementations other than the model's own take part where they are installed.
+        """
+        loaded = session.loaded
+        variants = [*session.variants, *other_backends(loaded)]
         check_length(loaded, cell.length + self.decode_tokens)
         ids = text_ids(loaded, cell.length, session.seed)
         checks = {v.name: check_variant(loaded, v, ids).to_dict() for v in variants if v.config}
@@ -93,7 +98,8 @@ class LatencyJob:
                 with variant.applied(loaded.model) as patch:
                     times[variant.name].append(time_once(loaded, ids, self.decode_tokens))
                     reports[variant.name] = _density(patch)
-                session.step()
+                if variant in session.variants:
+                    session.step()
         load = {"load_before": before, "load_after": load_average()}
         rows = [
             {**_row(v, times[v.name], times[DENSE]), **reports[v.name], "check": checks.get(v.name), **load}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hfpatch.evals import bench, memory
+from hfpatch.evals import backends, bench, memory
 from hfpatch.evals.bench import LatencyJob, Stopwatch, break_evens, time_once
-from hfpatch.evals.cells import Session
+from hfpatch.evals.cells import Cell, Session
 from hfpatch.evals.correctness import check_variant
 from hfpatch.evals.errors import EvaluationError, ExecutorMismatchError
 from hfpatch.evals.generation import generate_tokens, text_ids
@@ -137,8 +137,28 @@ def test_failing_child_is_one_sentence(session, monkeypatch):
 
 def test_peak_is_split_at_the_first_token():
     readings = iter([700, 300])
-    reader = memory._PeakReader("fake", lambda: next(readings), lambda: 100, lambda: None)
+    reader = memory.PeakReader("fake", lambda: next(readings), lambda: 100, lambda: None)
     watch = memory._PhasePeaks(reader)
     for _ in range(4):
         watch.put(torch.zeros(1))
     assert watch.prefill == 700 and reader.peak() == 300
+
+
+def test_other_dense_backends_take_part_and_leave_no_trace(session, monkeypatch):
+    model = session.loaded.model
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"sdpa": lambda _: True, "eager": lambda _: True, "none": lambda _: False}
+    )
+    used = []
+    monkeypatch.setattr(
+        bench, "time_once", lambda loaded, ids, n: used.append(model.config._attn_implementation) or (2, 1)
+    )
+    rows = LatencyJob([64], decode_tokens=2, repeats=2).run(Cell("latency", "", 64), session).data["rows"]
+    assert [r["variant"] for r in rows] == ["dense", "streaming:window=32", "dense, eager"]
+    assert used.count("eager") == 3 and model.config._attn_implementation == "sdpa"
+    assert {b["variant"] for b in break_evens([{"length": 64, **r} for r in rows])} == {
+        "streaming:window=32",
+        "dense, eager",
+    }
+    monkeypatch.setattr(backends, "BACKENDS", {"no_such_attention": lambda _: True})
+    assert backends.other_backends(session.loaded) == [] and model.config._attn_implementation == "sdpa"
