@@ -4,6 +4,7 @@ from .api import Patch, get_patch, patch_model, patched, unpatch_model
 from .config import MethodConfig
 from .errors import (
     AlreadyPatchedError,
+    CacheError,
     ConfigError,
     ExecutorError,
     HfpatchError,
@@ -21,6 +22,7 @@ from .version import __version__
 
 __all__ = [
     "AlreadyPatchedError",
+    "CacheError",
     "ConfigError",
     "ExecutorError",
     "HfpatchError",

@@ -100,12 +100,12 @@ def _then(original: Callable[..., None], follow: Callable[..., None]) -> Callabl
 
 
 def _restore(cls: type) -> Any:
-    made: Any = _following(cls)
+    made: Any = following(cls)
     return made.__new__(made)
 
 
 @cache
-def _following(cls: type) -> type:
+def following(cls: type) -> type:
     """Subclass of a cache layer's class that takes method states along.
 
     A single base keeps the instance layout, so a layer can change into it; `_layer_type` is cleared because
@@ -116,14 +116,19 @@ def _following(cls: type) -> type:
     return type(cls)(f"Hfpatch{cls.__name__}", (cls,), {**body, "__module__": __name__, "_layer_type": None})
 
 
+def cache_layer(cache: Any, layer_idx: int | None) -> Any | None:
+    """The cache's layer of that index, if it has one."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    return None if layers is None or layer_idx is None or layer_idx >= len(layers) else layers[layer_idx]
+
+
 def cache_states(cache: Any, layer_idx: int | None, name: str) -> dict[Rows, State]:
     """States of the attention module `name` kept with `cache`, by batch rows; a fresh dict without a cache."""
-    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
-    if layers is None or layer_idx is None or layer_idx >= len(layers):
+    layer = cache_layer(cache, layer_idx)
+    if layer is None:
         return {}
-    layer = layers[layer_idx]
     if not hasattr(layer, "hfpatch_states"):
         layer.hfpatch_states = {}
         cls: Any = type(layer)
-        layer.__class__ = _following(cls)
+        layer.__class__ = following(cls)
     return layer.hfpatch_states.setdefault(name, {})

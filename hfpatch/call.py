@@ -17,7 +17,7 @@ class AttentionCall:
     q `[B, Hq, Lq, D]`, k `[B, Hkv, Lk, D]`, v `[B, Hkv, Lk, Dv]` after RoPE, key-value heads not repeated.
     `hidden [B, Lq, d_model]` is the attention module's input, `queries [B, Lq, Hq, D]` are the queries before RoPE
     for methods whose `needs` name "queries". `rows` are the batch rows served; `state` survives from prefill to
-    decode and dies with the cache.
+    decode and dies with the cache. `dropped` keys after the sink are no longer in the cache (see `Method.retain`).
     """
 
     layer: int
@@ -34,6 +34,7 @@ class AttentionCall:
     hidden: Tensor | None = None
     queries: Tensor | None = None
     module: nn.Module | None = None
+    dropped: int = 0
     states: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -80,6 +81,11 @@ class AttentionCall:
     def layout(self) -> Layout:
         """The call's sizes, for selections."""
         return Layout(self.B, self.Hq, self.Hkv, self.Lq, self.Lk, self.q.device)
+
+    @property
+    def visible(self) -> int:
+        """(row, head, query, key) pairs dense attention would look at, dropped keys included."""
+        return replace(self.layout, Lk=self.Lk + self.dropped).visible
 
     @cached_property
     def q_pos(self) -> Tensor:

@@ -47,5 +47,9 @@ class ExecutorError(HfpatchError):
     """The executor asked for cannot run this call."""
 
 
+class CacheError(HfpatchError):
+    """A key-value cache that a patch cannot work with, or that has been cropped for another."""
+
+
 class InputError(HfpatchError):
     """Text, tokenizer or files that a method cannot work with."""

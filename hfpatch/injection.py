@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from .cache_crop import kept_by, open_layer
 from .cache_state import Rows, State, cache_states
 from .errors import UnsupportedModelError
 from .padding import RowGroup, row_groups
+from .selection import SinkWindow
 
 NAME = "hfpatch"
 RUNTIME = "_hfpatch"
@@ -49,6 +51,9 @@ class Runtime(Protocol):
 
     @property
     def needs(self) -> frozenset[str]: ...
+
+    @property
+    def retains(self) -> bool: ...
 
     def run(self, raw: "RawCall") -> tuple[Tensor, Tensor | None]: ...
 
@@ -240,6 +245,8 @@ def _add_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     hidden = args[0] if args else kwargs.get("hidden_states")
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     kwargs[CONTEXT] = (hidden, cache)
+    if module.__dict__[RUNTIME].retains:
+        open_layer(cache, getattr(module, "layer_idx", None))
     return args, kwargs
 
 
@@ -293,7 +300,7 @@ class RawCall:
         """Tokens seen so far, this call's included, asked of the cache after its update."""
         if self.cache is None:
             return self.k.shape[2]
-        length = _cache_length(self.cache, getattr(self.module, "layer_idx", None), self.k)
+        length = _cache_length(self.cache, self.layer_idx, self.k)
         return _UNKNOWN if length is None else length
 
     @property
@@ -328,7 +335,7 @@ class RawCall:
         fn: Callable[..., Any] = scope[DISPATCH].get_interface(name, scope.get("eager_attention_forward"))
         if "flash" in name or "paged" in name or "/" in name:
             module = _ModuleView(module, self.base_config)
-        return fn(module, self.q, self.k, self.v, self.mask, **self.kwargs)
+        return fn(module, self.q, self.k, self.v, None if self.kept else self.mask, **self.kwargs)
 
     def blocker(self) -> str | None:
         """Why this call has to run dense, or None."""
@@ -348,9 +355,19 @@ class RawCall:
             return f"a {type(self.mask).__name__} mask"
         if self.total == _UNKNOWN:
             return f"a {type(self.cache).__name__} that does not tell its length"
-        if self.total > self.k.shape[2]:
+        if self.total > self.k.shape[2] and self.kept is None:
             return "a cache that has dropped keys"
         return None
+
+    @cached_property
+    def kept(self) -> SinkWindow | None:
+        """Which keys the cache has kept, when hfpatch has dropped the others."""
+        return kept_by(self.cache, self.layer_idx) if self.total > self.k.shape[2] else None
+
+    @property
+    def layer_idx(self) -> int | None:
+        """The layer's index in the cache."""
+        return getattr(self.module, "layer_idx", None)
 
     def groups(self) -> list[RowGroup] | str:
         """Rows by the range of their real tokens, or the reason why the mask cannot be read so."""
@@ -361,7 +378,7 @@ class RawCall:
 
     def states(self, name: str) -> dict[Rows, State]:
         """What methods remember for this module and cache, by rows."""
-        return cache_states(self.cache, getattr(self.module, "layer_idx", None), name)
+        return cache_states(self.cache, self.layer_idx, name)
 
 
 def _cache_length(cache: Any, layer_idx: int | None, key: Tensor) -> int | None:

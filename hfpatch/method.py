@@ -9,18 +9,19 @@ from .call import AttentionCall
 from .config import MethodConfig
 from .errors import IncompatibleMethodsError
 from .regroup import Columns
-from .selection import Selection
+from .selection import Selection, SinkWindow
 
-POINTS = ("select", "bias", "regroup", "output", "route", "observe")
+POINTS = ("select", "bias", "regroup", "output", "route", "observe", "retain")
 
 
 class Method:
-    """Override any of `select`, `bias`, `regroup`, `output`, `route`, `observe`; the rest stays dense.
+    """Override any of `select`, `bias`, `regroup`, `output`, `route`, `observe`, `retain`; the rest stays dense.
 
     One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
     (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases (a chunk counts as prefill),
     `needs` may name "lse" and "queries" (before RoPE). `causality` says what a later token can change for an earlier
-    one: "yes" nothing, "tile" which keys the queries of its own block see, "no" anything. `drives` names the methods
+    one: "yes" nothing, "tile" which keys the queries of its own block see, "no" anything. `retains` switches
+    `retain` on. `drives` names the methods
     that run the model themselves; `get_patch(model).<name>(...)` calls them with the model first.
     """
 
@@ -36,6 +37,7 @@ class Method:
     _points: ClassVar[frozenset[str]] = frozenset()
     acts_in: frozenset[str] = frozenset({"prefill", "decode"})
     causality: str = "yes"
+    retains: bool = False
     needs: frozenset[str] = frozenset()
 
     def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -78,6 +80,10 @@ class Method:
 
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
         """Read-only look at the result; `lse [B, Hq, Lq]` is given when `needs` names "lse"."""
+
+    def retain(self, call: AttentionCall) -> SinkWindow | None:
+        """The only keys these rows will ever look at again; once all rows agree the cache drops the others."""
+        return None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache_crop import check_croppable, crop_layer
 from .cache_state import split_states
 from .call import AttentionCall
+from .errors import CacheError
 from .injection import RawCall, is_compiling
 from .method import Method
 from .ops import attend
@@ -17,12 +19,15 @@ from .regroup import Columns, regroup
 from .report import PhaseStats
 from .selection import Selection, intersect
 
+_START = "hfpatch-start"
+
 
 @dataclass(eq=False)
 class Plan:
-    """What is to be done for one group of rows."""
+    """What is to be done for rows that share their padding (`whole`) and their route (`call`)."""
 
     call: AttentionCall
+    whole: AttentionCall
     methods: list[Method]
     group: RowGroup
     selection: Selection | None
@@ -48,6 +53,8 @@ class LayerRuntime:
         self.name, self.layer, self.num_layers = name, layer, num_layers
         self.methods = list(methods)
         self.needs = frozenset[str]().union(*(m.needs for m in self.methods))
+        self._retaining = [m for m in self.methods if m.retains]
+        self.retains = bool(self._retaining)
         self.stats: dict[str, PhaseStats] = {}
         self._acting = {
             phase: [m for m in self.methods if m.points() and (phase if phase != "chunk" else "prefill") in m.acts_in]
@@ -65,18 +72,22 @@ class LayerRuntime:
         reason = raw.blocker()
         groups = reason or raw.groups()
         if isinstance(groups, str):
+            if raw.kept:
+                raise CacheError(f"{groups} asks for dense attention, but this cache was cropped; start it anew.")
             return self._dense(raw, phase, groups)
         plans = self._plan(raw, phase, methods, groups)
         stats = self._stats(phase)
         stats.calls += 1
         if any(p.needs_lse for p in plans):
-            return self._execute(raw, plans, stats), None
-        out, weights = raw.base()
-        changed = [m for p in plans for m in p.methods if {"output", "observe"} & m.points()]
-        for p in plans:
-            stats.add(p.call.layout.visible, p.call.layout.visible, raw.base_name)
-        if changed:
-            out = self._apply_outputs(raw, plans, out)
+            out, weights = self._execute(raw, plans, stats), None
+        else:
+            out, weights = raw.base()
+            for p in plans:
+                stats.add(p.call.layout.visible, p.call.visible, raw.base_name)
+            if any({"output", "observe"} & m.points() for p in plans for m in p.methods):
+                out = self._apply_outputs(raw, plans, out)
+        if self._retaining and not raw.kept:
+            self._crop(raw, plans)
         return out, weights
 
     def _stats(self, phase: str) -> PhaseStats:
@@ -104,14 +115,45 @@ class LayerRuntime:
                 continue
             split_states(states, group.rows)
             call.states = states
+            if raw.kept:
+                self._check_kept(raw, call, group)
             for part, chosen in self._routed(call, methods):
                 part_group = RowGroup(part.rows, group.start, group.stop)
-                plans.append(self._plan_one(part, chosen, part_group))
+                plans.append(self._plan_one(part, call, chosen, part_group))
         return plans
+
+    def _check_kept(self, raw: RawCall, call: AttentionCall, group: RowGroup) -> None:
+        """Raise CacheError when these rows want keys the cache has dropped."""
+        same_start = call.state.get(_START, [group.start]) == [group.start] * call.B
+        if any(m.retain(call) != raw.kept for m in self._retaining) or group.stop < raw.total or not same_start:
+            raise CacheError(
+                "This cache has been cropped for another route or another padding; keep both, or process the prompt "
+                "anew."
+            )
+
+    def _crop(self, raw: RawCall, plans: list[Plan]) -> None:
+        """Let the cache drop what no row will look at again."""
+        if raw.cache is None:
+            return
+        check_croppable(raw.cache, raw.layer_idx)
+        wanted = [(p.whole, m.retain(p.whole)) for p in plans for m in self._retaining]
+        keep = wanted[0][1] if wanted else None
+        starts = [0] * raw.q.shape[0]
+        for p in plans:
+            if p.group.stop < raw.total or keep is None or p.whole.Lk < keep.sink + keep.window:
+                return
+            for row in p.group.rows:
+                starts[row] = p.group.start
+        if keep is None or any(other != keep for _, other in wanted) or raw.total != raw.k.shape[2]:
+            return
+        for whole, _ in wanted:
+            whole.state[_START] = [starts[r] for r in whole.rows]
+        crop_layer(raw.cache, raw.layer_idx, keep, starts)
 
     def _call(self, raw: RawCall, phase: str, group: RowGroup) -> AttentionCall:
         off = raw.total - raw.q.shape[2]
         first, last = max(group.start - off, 0), max(group.stop - off, 0)
+        start, stop = (0, raw.k.shape[2]) if raw.kept else (group.start, group.stop)
         whole = len(group.rows) == raw.q.shape[0]
 
         def cut(x: Tensor, a: int, b: int, dim: int = 2) -> Tensor:
@@ -121,8 +163,9 @@ class LayerRuntime:
         queries = raw.queries if "queries" in self.needs else None
         return AttentionCall(
             layer=self.layer, num_layers=self.num_layers, phase=phase,
-            q=cut(raw.q, first, last), k=cut(raw.k, group.start, group.stop), v=cut(raw.v, group.start, group.stop),
+            q=cut(raw.q, first, last), k=cut(raw.k, start, stop), v=cut(raw.v, start, stop),
             scale=raw.scale, softcap=raw.softcap, sinks=raw.sinks, rows=group.rows,
+            dropped=group.stop - group.start - (stop - start),
             hidden=None if raw.hidden is None else cut(raw.hidden, first, last, 1), module=raw.module,
             queries=None if queries is None else cut(queries, first, last, 1),
         )  # fmt: skip
@@ -137,7 +180,7 @@ class LayerRuntime:
             by_choice.setdefault(id(child), (child, []))[1].append(row)
         return [(call.take(rows), [*others, child] if child else others) for child, rows in by_choice.values()]
 
-    def _plan_one(self, call: AttentionCall, methods: list[Method], group: RowGroup) -> Plan:
+    def _plan_one(self, call: AttentionCall, whole: AttentionCall, methods: list[Method], group: RowGroup) -> Plan:
         selection: Selection | None = None
         columns: list[Columns] = []
         for m in methods:
@@ -148,7 +191,7 @@ class LayerRuntime:
                 call.bias = bias if call.bias is None else call.bias + bias
             if "regroup" in points:
                 columns.extend(m.regroup(call))
-        return Plan(call, methods, group, selection, columns)
+        return Plan(call, whole, methods, group, selection, columns)
 
     def _execute(self, raw: RawCall, plans: list[Plan], stats: PhaseStats) -> Tensor:
         b, hq, lq, _ = raw.q.shape
@@ -160,9 +203,8 @@ class LayerRuntime:
                 call.q, call.k, call.v, selection=plan.selection, scale=call.scale, softcap=call.softcap,
                 sinks=call.sinks, bias=call.bias, executor=self._executor(plan.methods),
             )  # fmt: skip
-            visible = call.layout.visible
-            attended = visible if plan.selection is None else plan.selection.attended(call.layout)
-            stats.add(attended, visible, done.executor)
+            attended = call.layout.visible if plan.selection is None else plan.selection.attended(call.layout)
+            stats.add(attended, call.visible, done.executor)
             out, lse = done.out, done.lse
             if plan.columns:
                 out, lse = regroup(call, out, lse, plan.columns, plan.selection)

@@ -16,6 +16,8 @@ from ..layers import parse_layers
 from ..method import Method
 from ..ops import attend
 from ..registry import get_method, make_config, register_method
+from ..selection import SinkWindow
+from .streaming import Streaming
 
 _PAPER = {"sink": 128, "window": 2048}
 ROUTERS = ("learned", "static", "entropy", "oracle")
@@ -37,6 +39,13 @@ class FluxConfig(MethodConfig):
     sparsity: float = option(0.5, "share of layers routed sparse by router='entropy'", ge=0.0, le=1.0)
     pool: int = option(100, "tokens read at each end of the prompt by router='learned'", ge=1)
     tolerance: float = option(0.05, "relative output error router='oracle' accepts", ge=0.0)
+    crop_cache: bool = option(
+        False, "where all rows of a layer go to streaming, keep only the keys it can see; needs a DynamicCache"
+    )
+
+
+def _shares_keys(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
 
 
 @register_method
@@ -66,6 +75,12 @@ class Flux(Method):
                 f"flux cannot route to {config.sparse!r}; `sparse` needs a selecting method."
             )
         self.child = child_class(child_config)
+        self.retains = config.crop_cache
+        if config.crop_cache and not self._sees_a_window():
+            raise ConfigError(
+                "flux: crop_cache=True goes with sparse='streaming' in both phases and last_queries=0, which alone "
+                "never looks back at dropped keys."
+            )
         self._tensors = dict(tensors or {})
         self.routers: Routers | None = None
         self.needs = frozenset({"queries"}) if config.router == "learned" else frozenset()
@@ -74,9 +89,17 @@ class Flux(Method):
         self.frequency: dict[int, Counter[str]] = defaultdict(Counter)
         self.last: dict[int, dict[int, bool]] = {}
 
+    def _sees_a_window(self) -> bool:
+        c = self.child
+        return isinstance(c, Streaming) and c.settings.phase == "both" and not c.settings.last_queries
+
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         self.child.prepare(model, layers)
         s = self.settings
+        if s.crop_cache and _shares_keys(model):
+            raise UnsupportedModelError(
+                "flux: layers of this model read the keys of others, which crop_cache=True would drop; leave it out."
+            )
         if s.router == "learned":
             self.routers = self._load_routers(layers)
         elif s.router == "entropy":
@@ -122,6 +145,12 @@ class Flux(Method):
         phase = "decode" if call.phase == "decode" else "prefill"
         child = self.child if phase in self.child.acts_in else None
         return [child if s else None for s in sparse]
+
+    def retain(self, call: AttentionCall) -> SinkWindow | None:
+        sparse = call.state.get("flux-sparse")
+        if sparse is None or not bool(sparse.all()) or not isinstance(self.child, Streaming):
+            return None
+        return SinkWindow(self.child.settings.sink, self.child.settings.window)
 
     @torch.no_grad()
     def _decide(self, call: AttentionCall) -> Tensor:
