@@ -8,6 +8,7 @@ from .variants import DENSE
 
 Row = dict[str, Any]
 SCORED = ("niah", "task", "lm-eval")
+MANY = 6
 
 
 def density(row: Row, variant: Row | None = None) -> float:
@@ -71,9 +72,11 @@ def _longest(results: Row, kind: str, name: str, key: str) -> float | None:
 
 
 def sentences(results: Row) -> list[str]:
-    """What the headline says, in words, one sentence per variant but dense."""
+    """What the headline says, in words: a sentence per variant but dense, or, of many, which stand out."""
     told = []
     dense, *others = headline(results)
+    if len(others) > MANY and dense["score"] is not None:
+        return _of_many(dense, others)
     for row in others:
         parts = []
         if row["score"] is not None and dense["score"] is not None:
@@ -88,6 +91,27 @@ def sentences(results: Row) -> list[str]:
             parts.append(f"needs {row['memory']:.2f} times the memory on top of the model")
         if parts:
             told.append(f"{row['variant']} " + _list(parts) + ".")
+    return told
+
+
+def _of_many(dense: Row, others: Sequence[Row]) -> list[str]:
+    """Which variants keep dense's score, what the others lose, and which of the former are faster or leaner."""
+    score = dense["score"]
+    kept = [r for r in others if r["score"] is not None and r["score"] >= score]
+    lost = sorted((r for r in others if r["score"] is not None and r["score"] < score), key=lambda r: -r["score"])
+    told = [f"{len(kept)} of {len(kept) + len(lost)} variants score what dense scores, {score:.0%}, or more."]
+    if lost:
+        told.append("Below it: " + _list([f"{r['variant']} with {r['score']:.0%}" for r in lost]) + ".")
+    for measure, verb in (("ttft", "prefill"), ("tpot", "decode")):
+        if any(r[measure] is None for r in kept):
+            continue
+        fast = sorted((r for r in kept if r[measure] > 1 and r[f"{measure}_clear"]), key=lambda r: -r[measure])
+        named = _list([f"{r['variant']} ({r[measure]:.2f} x)" for r in fast]) if fast else "none"
+        told.append(f"Of those that keep the score, these {verb} clearly faster than dense: {named}.")
+    lean = sorted((r for r in kept if r["memory"] is not None and r["memory"] < 0.95), key=lambda r: r["memory"])
+    if lean:
+        named = _list([f"{r['variant']} ({r['memory']:.2f} x)" for r in lean])
+        told.append(f"These also need less memory on top of the model: {named}.")
     return told
 
 

@@ -137,3 +137,22 @@ def test_many_variants_keep_colours_and_markers_apart_and_become_bars(tmp_path):
     few = Image.open(latency(rows[:4], tmp_path / "few.png", "few")).size
     many = Image.open(latency(rows, tmp_path / "many.png", "many")).size
     assert few != many and many[1] > few[1]
+
+
+def test_of_many_variants_those_that_stand_out_are_named():
+    def row(name, score, ttft):
+        density = {"density_prefill": 1.0, "density_decode": 1.0}
+        return {"variant": name, "length": 64, "score": score, **density}, {
+            "variant": name, "length": 64, "ttft_speedup": ttft, "tpot_speedup": 0.9, "ttft_clear": ttft != 1.1,
+            "tpot_clear": True,
+        }  # fmt: skip
+
+    made = [row("dense", 0.9, 1.0), row("fast", 0.9, 2.0), row("noise", 1.0, 1.1), row("bad", 0.2, 3.0)]
+    made += [row(f"slow {n}", 0.9, 0.5) for n in range(4)]
+    jobs = [{"kind": kind, "label": kind, "rows": [m[n] for m in made]} for n, kind in enumerate(("niah", "latency"))]
+    told = sentences({"variants": [{"name": m[0]["variant"], "acts_in": ["prefill"]} for m in made], "jobs": jobs})
+    assert told == [
+        "6 of 7 variants score what dense scores, 90%, or more.", "Below it: bad with 20%.",
+        "Of those that keep the score, these prefill clearly faster than dense: fast (2.00 x).",
+        "Of those that keep the score, these decode clearly faster than dense: none.",
+    ]  # fmt: skip
