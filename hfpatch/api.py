@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .call import Span
 from .config import MethodConfig
 from .errors import (
     AlreadyPatchedError,
@@ -73,6 +74,25 @@ class Patch:
         """Set all counts to zero."""
         for _, runtime in self._plan:
             runtime.stats.clear()
+
+    @contextmanager
+    def spans(self, **places: Sequence[Span]) -> Iterator[None]:
+        """Tell the methods where parts of the prompts lie: `with patch.spans(question=[(1900, 1950), None]): ...`.
+
+        One `(start, stop)` per batch row, in tokens of the row without its padding, or None where a row has no such
+        part. `dhsa` attends densely from the start of "question" on. Raises ConfigError.
+        """
+        for name, rows in places.items():
+            if not rows or not all(p is None or (len(p) == 2 and 0 <= p[0] < p[1]) for p in rows):
+                raise ConfigError(f"spans: {name} takes one (start, stop) per row, with 0 <= start < stop, or None.")
+        before = [runtime.spans for _, runtime in self._plan]
+        for _, runtime in self._plan:
+            runtime.spans = {**runtime.spans, **places}
+        try:
+            yield
+        finally:
+            for (_, runtime), old in zip(self._plan, before, strict=True):
+                runtime.spans = old
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the config and learned tensors into `folder`."""

@@ -1,5 +1,6 @@
 """What a method sees of one attention call: real tokens only, padding already taken away."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from .selection import Layout
 
+Span = tuple[int, int] | None
+
 
 @dataclass(eq=False)
 class AttentionCall:
@@ -17,7 +20,8 @@ class AttentionCall:
     q `[B, Hq, Lq, D]`, k `[B, Hkv, Lk, D]`, v `[B, Hkv, Lk, Dv]` after RoPE, key-value heads not repeated.
     `hidden [B, Lq, d_model]` is the attention module's input, `queries [B, Lq, Hq, D]` are the queries before RoPE
     for methods whose `needs` name "queries". `rows` are the batch rows served; `state` survives from prefill to
-    decode and dies with the cache. `dropped` keys after the sink are no longer in the cache (see `Method.retain`).
+    decode and dies with the cache. `spans` are the places named by `Patch.spans`, per row `(start, stop)` in its real
+    tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`).
     """
 
     layer: int
@@ -35,6 +39,7 @@ class AttentionCall:
     queries: Tensor | None = None
     module: nn.Module | None = None
     dropped: int = 0
+    spans: Mapping[str, Sequence[Span]] | None = None
     states: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -115,4 +120,5 @@ class AttentionCall:
             hidden=some(self.hidden),
             queries=some(self.queries),
             rows=tuple(self.rows[r] for r in rows),
+            spans=self.spans and {name: [places[r] for r in rows] for name, places in self.spans.items()},
         )

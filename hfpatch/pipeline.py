@@ -1,6 +1,6 @@
 """Runs one attention call: route, select, attend, regroup, output, observe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .cache_crop import check_croppable, crop_layer
 from .cache_state import split_states
-from .call import AttentionCall
-from .errors import CacheError
+from .call import AttentionCall, Span
+from .errors import CacheError, InputError
 from .injection import RawCall, is_compiling
 from .method import Method
 from .ops import attend
@@ -56,6 +56,7 @@ class LayerRuntime:
         self._retaining = [m for m in self.methods if m.retains]
         self.retains = bool(self._retaining)
         self.stats: dict[str, PhaseStats] = {}
+        self.spans: Mapping[str, Sequence[Span]] = {}
         self._acting = {
             phase: [m for m in self.methods if m.points() and (phase if phase != "chunk" else "prefill") in m.acts_in]
             for phase in ("prefill", "chunk", "decode")
@@ -168,7 +169,15 @@ class LayerRuntime:
             dropped=group.stop - group.start - (stop - start),
             hidden=None if raw.hidden is None else cut(raw.hidden, first, last, 1), module=raw.module,
             queries=None if queries is None else cut(queries, first, last, 1),
+            spans=self.spans and self._spans_of(group.rows, raw.q.shape[0]),
         )  # fmt: skip
+
+    def _spans_of(self, rows: Sequence[int], batch: int) -> dict[str, list[Span]]:
+        """The spans of these rows; each row's beams, which stand next to each other, share its span."""
+        if any(batch % len(places) for places in self.spans.values()):
+            counts = ", ".join(str(len(places)) for places in self.spans.values())
+            raise InputError(f"Spans are given for {counts} rows, the batch has {batch}.")
+        return {name: [places[r * len(places) // batch] for r in rows] for name, places in self.spans.items()}
 
     def _routed(self, call: AttentionCall, methods: list[Method]) -> list[tuple[AttentionCall, list[Method]]]:
         router = next((m for m in methods if "route" in m.points()), None)

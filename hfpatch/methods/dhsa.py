@@ -162,7 +162,7 @@ class Dhsa(Method):
         s, a = self.settings, self.settings.align
         table = self._table(call)
         block = 1 if call.Lq == 1 else s.block_q
-        stop = call.Lq if call.phase == "decode" else max(0, call.Lq - s.question_tokens)
+        stop = call.Lq - self._question(call)
         dense = min(max(0, (units * a - call.off) // block * block), stop)
         if stop <= dense or call.off + stop <= units * a:
             return None
@@ -177,6 +177,15 @@ class Dhsa(Method):
         parts = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
         return lists if len(parts) == 1 else Rows(parts)
+
+    def _question(self, call: AttentionCall) -> int:
+        """Queries at the end of the call that attend densely: from the span "question" on, or `question_tokens`."""
+        if call.phase == "decode":
+            return 0
+        places = (call.spans or {}).get("question", ())
+        starts = [p[0] for p in places if p is not None]
+        tail = call.Lk - min(starts) if starts else 0 if places else self.settings.question_tokens
+        return min(max(tail, 0), call.Lq)
 
     def _table(self, call: AttentionCall) -> ChunkTable:
         """The chunk table brought up to date; built anew from the keys when it is gone or the cache was cut back."""
@@ -194,7 +203,7 @@ class Dhsa(Method):
         return table
 
     def _close(self, table: ChunkTable, call: AttentionCall, stop: int) -> None:
-        question = self.settings.question_tokens if stop == call.Lk and call.Lq > 1 else 0
+        question = self._question(call) if stop == call.Lk and call.Lq > 1 else 0
 
         def find(start: int, stop: int) -> Tensor:
             key = (call.rows, start, stop)

@@ -1,6 +1,7 @@
 """DHSA: the chosen tokens against plain loops, boundaries against brute force, budgets, chunked prefill, decode."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from hfpatch.dhsa import boundaries
 from hfpatch.dhsa.rotary import Rotary
 from hfpatch.dhsa.score import Chunks, score_chunks
 from hfpatch.dhsa.table import ChunkTable, chunk_sums
+from hfpatch.errors import InputError
 from hfpatch.methods.dhsa import KEY, Dhsa
 from hfpatch.selection import Selection
 
@@ -419,3 +421,43 @@ def test_beams_and_assistants_keep_the_table() -> None:
     with patched(model, "dhsa", **SMALL):
         out = model.generate(ids, max_new_tokens=10, num_beams=3, do_sample=False)
     assert out.shape[1] == 73
+
+
+@torch.no_grad()
+def test_the_span_of_the_question_is_dense_row_by_row() -> None:
+    model, lengths = zoo.SUPPORTED["llama"].build(), [63, 40]
+    ids = zoo.prompt(model, 2, 63)
+    padded, mask = zoo.left_pad(ids, lengths)
+    with patched(model, "dhsa", **SMALL) as patch:
+        plain = model(ids).logits
+        with patch.spans(question=[(50, 60), (50, 60)]):
+            told = model(ids).logits
+        assert torch.equal(model(ids).logits, plain) and not torch.equal(told, plain)
+        with patch.spans(question=[None, None]):
+            assert torch.equal(model(ids).logits, plain)
+        with patch.spans(question=[(50, 60), (30, 35)]):
+            both = model(padded, attention_mask=mask).logits
+        with patch.spans(question=[(50, 60)]):
+            beams = model(ids[:1].expand(2, -1)).logits
+        for row, (places, n) in enumerate(zip([[(50, 60)], [(30, 35)]], lengths, strict=True)):
+            with patch.spans(question=places):
+                alone = model(padded[row : row + 1, -n:]).logits
+            torch.testing.assert_close(both[row, -n:], alone[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(beams[1], told[0], rtol=1e-4, atol=1e-5)
+        with patch.spans(question=[(50, 60)] * 4), pytest.raises(InputError, match="4 rows, the batch has 2"):
+            model(ids)
+        for bad in ([], [(3,)], [(5, 5)], [(-1, 4)]):
+            with pytest.raises(ConfigError, match="per row"), patch.spans(question=bad):
+                pass
+    with patched(model, "dhsa", **{**SMALL, "question_tokens": 13}):
+        torch.testing.assert_close(model(ids).logits, told, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_question_in_two_chunks_is_dense_in_both() -> None:
+    m, states = method(), {}
+    spans = {"question": [(50, 90)] * 3}
+    first = replace(call(60, 60, states=states), spans=spans)
+    seen = m.select(first).mask(first.layout).sum(-1)
+    assert (seen[:, :, 50:] == torch.arange(51, 61)).all() and (seen[:, :, 49] <= 40).all()
+    assert m.select(replace(call(40, 100, states=states), spans=spans)) is None
