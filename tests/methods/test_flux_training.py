@@ -1,14 +1,25 @@
 """Training of Flux's routers: the constraint pulls to its target, both branches mix, runs resume."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from hfpatch.evals.testbed import load
+from safetensors.torch import load_file, save_file
 
-from hfpatch import ConfigError, patched
+from hfpatch import ConfigError, PatchConfig, patched
+from hfpatch.api import patched_with
+from hfpatch.errors import InputError
+from hfpatch.flux.examples import Example, built_in_examples, read_examples
+from hfpatch.flux.published import convert_routers, projection_difference, read_published
 from hfpatch.flux.ranking import matrix_entropy, rank_layers
-from hfpatch.flux.training import Constraint, Example, Recipe, Trainer
+from hfpatch.flux.router import Router, Routers
+from hfpatch.flux.training import Constraint, Recipe, Trainer
 from hfpatch.methods.flux import FluxConfig
 
 CONFIG = FluxConfig(router="learned", pool=8, sparse_settings={"sink": 1, "window": 4})
@@ -42,14 +53,16 @@ def test_routers_learn_to_go_sparse_and_the_model_stays_as_it_was(tmp_path: Path
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
     with patched(model, result) as patch:
-        model(zoo.prompt(model, 2, 33))
+        for e in examples():
+            model(e.ids[None, : e.predict_from])
         assert patch.methods[0].sparse_share() > 0.5  # type: ignore[attr-defined]
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     def trainer(folder: str) -> Trainer:
-        recipe = Recipe({"holistic": 1.0}, steps=6, batch=1, save_every=3)
-        return Trainer(zoo.SUPPORTED["llama"].build(), CONFIG, examples(), recipe, tmp_path / folder)
+        recipe = Recipe({"holistic": 1.0}, steps=6, batch=1, rate=1e-2, save_every=3)
+        model = zoo.SUPPORTED["llama"].build()
+        return Trainer(model, CONFIG, examples(), recipe, tmp_path / folder, examples(2))
 
     class Stop(Exception):
         pass
@@ -62,16 +75,130 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
         if count == 4:
             raise Stop
 
-    broken = trainer("a")
     with pytest.raises(Stop):
-        broken.run(stop)
-    resumed = trainer("a")
-    resumed.run()
+        trainer("a").run(stop)
+    resumed, whole = trainer("a"), trainer("b")
+    got, want = resumed.run(), whole.run()
+    assert resumed.history == whole.history and resumed.checks == whole.checks
     assert [h["step"] for h in resumed.history] == [0, 1, 2, 3, 4, 5]
+    assert [c["step"] for c in resumed.checks] == [3, 6]
+    assert all(torch.equal(t, want.tensors[k]) for k, t in got.tensors.items())
     other = trainer("a")
     other.recipe.__dict__["steps"] = 7
     with pytest.raises(ConfigError, match="other settings"):
         other.run()
+
+
+def test_routers_read_the_prompt_alone(tmp_path: Path) -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    trainer = Trainer(model, CONFIG, examples(), Recipe({"holistic": 1.0}), tmp_path)
+    for p in trainer.routers.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    example = examples(1)[0]
+    changed = Example(example.ids.clone(), example.predict_from, example.kind)
+    changed.ids[example.predict_from :] = 9
+    with torch.no_grad(), patched_with(model, [trainer.soft]):
+        trainer.soft.noise = torch.Generator()
+        shares = []
+        for e in (example, changed, Example(changed.ids, 33, "holistic")):
+            trainer.soft.noise.manual_seed(0)
+            shares.append(float(trainer._one(e)[1]))
+    assert shares[0] == shares[1] != shares[2]
+
+
+def test_folded_routers_decide_as_the_standardised_ones(tmp_path: Path) -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    trainer = Trainer(model, CONFIG, examples(), Recipe({"holistic": 1.0}, steps=2, rate=1e-2), tmp_path)
+    result = trainer.run()
+    x = torch.randn(5, 16)
+    for n, (mean, scale) in trainer.soft.standard.items():
+        assert (scale > 0).all() and mean.norm() > 0
+        routers = Routers.from_tensors({k[2:]: t for k, t in result.tensors.items()})
+        assert torch.allclose(routers[n](x * scale + mean), trainer.routers[n](x), atol=1e-4)
+
+
+def test_each_kind_gets_its_share_of_every_batch(tmp_path: Path) -> None:
+    some = examples(5) + examples(1, "retrieval")
+    trainer = Trainer(zoo.SUPPORTED["llama"].build(), CONFIG, some, Recipe(steps=3, batch=2), tmp_path)
+    trainer.run()
+    assert all({"retrieval", "holistic"} <= set(h) for h in trainer.history)
+
+
+def test_built_in_examples_cover_both_kinds_and_keep_their_facts() -> None:
+    _, tokenizer = load()
+    found = built_in_examples(tokenizer, 8, 300)
+    assert [e.kind for e in found] == ["retrieval", "holistic"] * 4
+    assert all(150 < len(e.ids) <= 300 and 0 < e.predict_from < len(e.ids) for e in found)
+    for e in found[::2]:
+        answer = tokenizer.decode(e.ids[e.predict_from :]).strip(" .;")
+        assert answer in tokenizer.decode(e.ids[: e.predict_from])
+
+
+def test_examples_are_read_and_bad_lines_named(tmp_path: Path) -> None:
+    _, tokenizer = load()
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "one two", "answer": " three", "kind": "holistic"}\n')
+    (only,) = read_examples(file, tokenizer, 99)
+    assert tokenizer.decode(only.ids[only.predict_from :]) == " three" and only.kind == "holistic"
+    file.write_text('{"prompt": "one two", "kind": "holistic"}\n')
+    with pytest.raises(ConfigError, match="line 1: expected prompt, answer and kind"):
+        list(read_examples(file, tokenizer, 99))
+
+
+def test_two_processes_reach_the_weights_of_one(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("flux_processes.py")), str(tmp_path)]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(zoo.__file__).parent), *sys.path])
+    two = [subprocess.Popen(command, env={**env, "RANK": str(n), "WORLD_SIZE": "2"}) for n in range(2)]
+    assert [p.wait(timeout=120) for p in two] == [0, 0]
+    assert subprocess.run(command, env={**env, "WORLD_SIZE": "1"}).returncode == 0
+    one, both = (load_file(tmp_path / f"{n}.safetensors") for n in (1, 2))
+    off = {k: float((t - both[k]).norm() / t.norm().clamp_min(1e-3)) for k, t in one.items()}
+    assert max(off.values()) < 1e-3, off
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def published(dim: int = 16, layers: int = 3) -> dict[str, torch.Tensor]:
+    """Tensors named as the paper's code names them."""
+    torch.manual_seed(0)
+    parts = {"encoder": "cls_feat_extractor", "head": "cls_router_head_agnostic"}
+    return {
+        f"model.layers.{n}.self_attn.mask_allocator.{parts[part]}.{rest}": torch.randn_like(p)
+        for n in range(layers)
+        for part, rest, p in ((*name.split(".", 1), p) for name, p in Router(dim).named_parameters())
+    }
+
+
+def test_published_names_become_routers_that_run(tmp_path: Path) -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    tensors = published()
+    projection = "model.layers.0.self_attn.q_proj.weight"
+    weight = model.get_parameter(projection).detach()
+    save_file({**tensors, projection: weight * 1.5, "model.norm.weight": torch.ones(4)}, tmp_path / "m.safetensors")
+    found = read_published(tmp_path)
+    name = "model.layers.2.self_attn.mask_allocator.cls_router_head_agnostic.4.bias"
+    assert torch.equal(found["layer.2.head.4.bias"], tensors[name]) and len(found) == 3 * 10
+    assert projection_difference(tmp_path, model) == pytest.approx(0.5, rel=1e-5)
+    with patched(model, PatchConfig([CONFIG], tensors={f"0.{k}": t for k, t in found.items()})) as patch:
+        model(zoo.prompt(model, 2, 33))
+        assert "flux routed" in str(patch.report())
+
+
+def test_published_routers_of_another_form_are_refused() -> None:
+    with pytest.raises(InputError, match="No router"):
+        convert_routers({"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)})
+    tensors = published()
+    one_logit = {k: t[:1] if ".4." in k else t for k, t in tensors.items()}
+    small = {k: t[:64] if "extractor.0" in k else t for k, t in tensors.items()}
+    missing = dict(list(tensors.items())[1:])
+    for odd in (one_logit, small, missing):
+        with pytest.raises(InputError, match="another form"):
+            convert_routers(odd)
 
 
 def test_kinds_without_a_target_are_refused(tmp_path: Path) -> None:
