@@ -31,8 +31,13 @@ class Prompt:
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text` without special tokens."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    """Token ids of `text` without special tokens. Raises InputError for text that is not valid Unicode."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    except (TypeError, UnicodeEncodeError) as error:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise InputError("The text holds lone surrogates; read files with errors='replace'.") from error
+        raise
 
 
 def _leading_special(tokenizer: Any) -> list[int]:

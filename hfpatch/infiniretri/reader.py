@@ -76,7 +76,7 @@ class Reader:
     ) -> Retrieval | list[Retrieval]:
         """See InfiniRetri.retrieve."""
         single = isinstance(question, str)
-        asked = [question] if isinstance(question, str) else list(question)
+        asked = [question] if isinstance(question, str) else question if isinstance(question, list) else []
         if not asked or not all(isinstance(x, str) and x.strip() for x in asked):
             raise InputError("Ask a question: a non-empty string, or a list of them.")
         if isinstance(context, list):
@@ -93,6 +93,8 @@ class Reader:
 
     def answer(self, found: list[Retrieval], generate_kwargs: dict[str, Any]) -> list[str]:
         """Generate from the kept sentences of each retrieval."""
+        if not found or not all(isinstance(r, Retrieval) for r in found):
+            raise InputError("Answer takes what retrieve(...) gave back, or a list of such.")
         rows = []
         for r in found:
             prompt = self._prompt(r.question)
@@ -132,7 +134,7 @@ class Reader:
         return chunk, keep
 
     def _read(self, context: Context, items: list[_Item], where: Path | None, progress: bool) -> None:
-        if not isinstance(context, str) and not isinstance(context, Iterable):
+        if isinstance(context, bytes) or not isinstance(context, Iterable):
             raise InputError(f"The context is a {type(context).__name__}; pass a string or an iterator of strings.")
         offset = self._resume(items, where)
         chunk_tokens, keep = self._room(items)

@@ -220,6 +220,10 @@ def test_a_megabyte_without_a_sentence_end() -> None:
         (iter(()), QUESTION, "context is empty"),
         (TEXT, "", "Ask a question"),
         (TEXT, [], "Ask a question"),
+        (TEXT, None, "Ask a question"),
+        (TEXT, 3, "Ask a question"),
+        ("A lone \ud800 half. ", QUESTION, "lone surrogates"),
+        (b"bytes", QUESTION, "pass a string or an iterator"),
         (3, QUESTION, "pass a string or an iterator"),
         (iter([TEXT, 3]), QUESTION, "every piece has to be a string"),
         ([TEXT], [QUESTION, QUESTION], "do not pair up"),
@@ -232,8 +236,12 @@ def test_bad_input_is_named(context: Any, question: Any, message: str) -> None:
 
 
 def test_missing_tokenizer_chat_template_and_layers() -> None:
-    with patched(tiny(), "infiniretri", **SETTINGS) as patch, pytest.raises(InputError, match="tokenizer"):
-        patch.retrieve(TEXT, QUESTION)
+    with patched(tiny(), "infiniretri", **SETTINGS) as patch:
+        with pytest.raises(InputError, match="tokenizer"):
+            patch.retrieve(TEXT, QUESTION)
+        for nothing in ("text", []):
+            with pytest.raises(InputError, match="what retrieve"):
+                patch.answer(nothing, tokenizer=byte_tokenizer())
     with patched(tiny(), "infiniretri", chat=True) as patch, pytest.raises(InputError, match="chat template"):
         patch.retrieve(TEXT, QUESTION, tokenizer=byte_tokenizer())
     with pytest.raises(NothingPatchedError, match="sliding"):
@@ -279,3 +287,27 @@ def test_the_embedded_model_retrieves_in_layer_2() -> None:
     with patched(model, "infiniretri", template="{context}{question}", chunk_tokens=512) as patch:
         ranked = patch.rank_layers(tokenizer=tokenizer, question=text.question("{key}"), probes=4)
     assert ranked[0] == (2, 1.0) and ranked[1][1] < 0.9
+
+
+def test_the_page_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "infiniretri.md").read_text(encoding="utf-8")
+    script = page.split("<!-- test -->\n```python\n", 1)[1].split("```", 1)[0]
+    exec(compile(script, "infiniretri.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "The secret code for brisk-otter is 271828." in printed and "\n 271828" in printed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "狐は眠る。水車の近くで！本当？🦊 Ünïcödé — naïve café. " * 12,
+        "one,two;three\r\nfour,five;six\r\n\r\n" * 20,
+        "x" * 900,
+    ],
+    ids=["unicode", "crlf", "no end"],
+)
+def test_any_text_is_read_to_its_end(text: str) -> None:
+    with patched(tiny(), "infiniretri", **SETTINGS) as patch:
+        found = patch.retrieve(text, QUESTION, tokenizer=byte_tokenizer(), progress=False)
+    assert found.path[0]["start"] == 0 and found.path[-1]["end"] == len(text) and found.chunks > 1
+    assert found.kept and all(text[k.start : k.end] == k.text for k in found.kept)
