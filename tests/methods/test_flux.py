@@ -1,17 +1,20 @@
 """Flux: routes are kept, rows are independent, and the router is the one described."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from methods_list import METHODS, MethodCase
 from torch import Tensor
 from torch.nn import functional as F
 
 from hfpatch import ConfigError, IncompatibleMethodsError, PatchConfig, UnsupportedModelError, get_patch, patched
 from hfpatch.flux.router import FULL, Router, Routers, pool_ends
 from hfpatch.methods.flux import FluxConfig
+from hfpatch.registry import get_method, make_config
 
 SPARSE = {"sparse": "streaming", "sparse_settings": {"sink": 2, "window": 8}}
 LENGTH = 63
@@ -107,6 +110,44 @@ def test_all_sparse_is_the_plain_sparse_patch(name: str) -> None:
         want = logits(model, ids)
     with patched(model, "flux", router="static", sparse_layers="0-", **SPARSE):
         assert torch.equal(logits(model, ids), want)
+
+
+POINTS = {c.name: get_method(c.name).points() for c in METHODS}
+SELECTING = [c for c in METHODS if "select" in POINTS[c.name] and "route" not in POINTS[c.name]]
+
+
+@pytest.mark.parametrize("case", SELECTING, ids=str)
+def test_any_selecting_method_can_be_the_sparse_branch(case: MethodCase) -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    ids = zoo.prompt(model, 2, LENGTH)
+    cuts = [0, 56, 57, 58, 59, LENGTH]
+    found = []
+    for config in (
+        make_config(case.name, dict(case.settings)),
+        FluxConfig(sparse=case.name, sparse_settings=dict(case.settings), sparse_layers="0-"),
+    ):
+        with patched(model, config) as patch, torch.no_grad():
+            cache, parts = None, []
+            for a, b in itertools.pairwise(cuts):
+                out = model(ids[:, a:b], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                parts.append(out.logits)
+            found.append(torch.cat(parts, 1))
+            assert patch.report().density() < 1
+    assert torch.equal(*found)
+
+
+def test_with_chunked_prefill_the_first_chunk_decides() -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    ids = zoo.prompt(model, 3, LENGTH)
+    with patched(model, undecided()), torch.no_grad():
+        out = model(ids[:, :25], use_cache=True)
+        first = routes(model)
+        assert len({tuple(r) for r in first}) > 1
+        model(ids[:, 25:], past_key_values=out.past_key_values)
+        assert routes(model) == first
+        logits(model, ids)
+        assert routes(model) != first
 
 
 def test_router_equals_a_plain_reading() -> None:
