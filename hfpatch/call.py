@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .selection import Layout
+from .selection import Layout, Selection
 
 Span = tuple[int, int] | None
 
@@ -21,7 +21,8 @@ class AttentionCall:
     `hidden [B, Lq, d_model]` is the attention module's input, `queries [B, Lq, Hq, D]` are the queries before RoPE
     for methods whose `needs` name "queries". `rows` are the batch rows served; `state` survives from prefill to
     decode and dies with the cache. `spans` are the places named by `Patch.spans`, per row `(start, stop)` in its real
-    tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`).
+    tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`). From `output` on,
+    `selection` is what the call ran with and `lse [B, Hq, Lq]` its log-sum-exp, None if the model's own attention ran.
     """
 
     layer: int
@@ -40,6 +41,8 @@ class AttentionCall:
     module: nn.Module | None = None
     dropped: int = 0
     spans: Mapping[str, Sequence[Span]] | None = None
+    selection: Selection | None = None
+    lse: Tensor | None = None
     states: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
 
     @property

@@ -214,10 +214,10 @@ class LayerRuntime:
             )  # fmt: skip
             attended = call.layout.visible if plan.selection is None else plan.selection.attended(call.layout)
             stats.add(attended, call.visible, done.executor)
-            out, lse = done.out, done.lse
+            out, call.lse, call.selection = done.out, done.lse, plan.selection
             if plan.columns:
-                out, lse = regroup(call, out, lse, plan.columns, plan.selection)
-            out = self._finish(plan, out, lse)
+                out, call.lse = regroup(call, out, done.lse, plan.columns, plan.selection)
+            out = self._finish(plan, out)
             if result is None:
                 return out
             self._place(raw, plan, result, out)
@@ -229,23 +229,23 @@ class LayerRuntime:
         return next((m.config.executor for m in methods if m.config.executor), None)
 
     @staticmethod
-    def _finish(plan: Plan, out: Tensor, lse: Tensor | None) -> Tensor:
+    def _finish(plan: Plan, out: Tensor) -> Tensor:
         for m in plan.methods:
             if "output" in m.points():
                 out = m.output(plan.call, out)
         for m in plan.methods:
             if "observe" in m.points():
-                m.observe(plan.call, out, lse)
+                m.observe(plan.call, out, plan.call.lse)
         return out
 
     def _apply_outputs(self, raw: RawCall, plans: list[Plan], out: Tensor) -> Tensor:
         b, lq = out.shape[:2]
         if len(plans) == 1 and b == plans[0].call.B and plans[0].call.Lq == lq:
-            return self._finish(plans[0], out, None)
+            return self._finish(plans[0], out)
         result = out.clone()
         for plan in plans:
             rows, a, z = self._span(raw, plan)
-            self._place(raw, plan, result, self._finish(plan, out[rows, a:z], None))
+            self._place(raw, plan, result, self._finish(plan, out[rows, a:z]))
         return result
 
     @staticmethod

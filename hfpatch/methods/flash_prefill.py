@@ -1,5 +1,6 @@
 """FlashPrefill: key blocks whose tile energy comes close to the best block's."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,8 +13,9 @@ from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
 from ..method import Method
+from ..ops import merge
 from ..registry import register_method
-from ..selection import Causal, Rows, Selection
+from ..selection import BlockMap, Causal, Rows, Selection
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -33,6 +35,7 @@ class FlashPrefillConfig(MethodConfig):
     dense_layers: int = option(0, "first decoder layers that stay dense", ge=0)
     share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
     min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
+    mean_correction: bool = option(False, "dropped blocks count with their mean key and mean value")
 
     def validate(self) -> None:
         if wrong := check_budget("flash_prefill: budget", self.budget):
@@ -45,9 +48,10 @@ class FlashPrefill(Method):
 
     FlashPrefill, arXiv 2603.06199 (share="head") and its second version 2608.19758 (share="group": the rows of a
     tile are the queries of all heads of a KV group). The paper's values of alpha: Llama-3.1-8B 0.18, Qwen3-30B-A3B
-    0.12, Qwen2.5-7B 0.08. The second version packs 128 rows of a group to a tile (block_q = 128 / heads per group);
-    its mean correction of dropped blocks is not part of this. In chunked prefill the last tiles of each chunk are
-    dense.
+    0.12, Qwen2.5-7B 0.08. The second version packs 128 rows of a group to a tile (block_q = 128 / heads per group).
+    Its mean correction (`mean_correction`): every dropped block adds its length times exp(logit of its mean key) to
+    the softmax, with its mean value; exact where the keys and values of a block are alike. It is left out of calls
+    that another method narrows or biases. In chunked prefill the last tiles of each chunk are dense.
     """
 
     config_class = FlashPrefillConfig
@@ -81,6 +85,44 @@ class FlashPrefill(Method):
             keep = torch.ones_like(keep)
         chosen = capped(grid, energy, keep, grid.forced(s.sink, s.window), s.budget)
         return chosen if stop == call.Lq else Rows([(stop, chosen), (call.Lq, Causal())])
+
+    def output(self, call: AttentionCall, out: Tensor) -> Tensor:
+        sel, stop = call.selection, call.Lq
+        if isinstance(sel, Rows):
+            stop, sel = sel.parts[0]
+        if not self.settings.mean_correction or call.lse is None or call.bias is not None:
+            return out
+        if not isinstance(sel, BlockMap):
+            return out
+        grid = Grid(call.layout.rows(0, stop), sel.block_q, sel.block_k)
+        dropped = grid.past & ~sel.block_mask(grid.at)
+        out, call.lse = with_means(call, grid, dropped, out, call.lse)
+        return out
+
+
+def with_means(call: AttentionCall, grid: Grid, dropped: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]` with the mean keys and values of `dropped [B|1, H, nQ, nK]` blocks."""
+    out, lse, dropped = out.clone(), lse.clone(), dropped.repeat_interleave(call.Hq // dropped.shape[1], 1)
+    keys, values = (
+        block_means(x[:, :, : grid.at.Lk], grid.block_k).repeat_interleave(call.groups, 1) for x in (call.k, call.v)
+    )
+    step = max(1, CHUNK_ELEMENTS // (call.B * call.Hq * grid.block_q * grid.nk))
+    for n in range(0, grid.nq, step):
+        rows = slice(n * grid.block_q, min((n + step) * grid.block_q, grid.at.Lq))
+        seen = int(grid.last[min(n + step, grid.nq) - 1]) // grid.block_k
+        if not seen:
+            continue
+        logits = call.scale * call.q[:, :, rows].float() @ keys[:, :, :seen].mT
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        gone = dropped[:, :, n : n + step, :seen].repeat_interleave(grid.block_q, 2)[:, :, : logits.shape[2]]
+        logits = (logits + math.log(grid.block_k)).masked_fill(~gone, -torch.inf)
+        mass = logits.logsumexp(-1)
+        weights = torch.exp(logits - mass.masked_fill(mass.isneginf(), 0.0)[..., None])
+        parts = [(out[:, rows].transpose(1, 2).float(), lse[:, :, rows]), (weights @ values[:, :, :seen], mass)]
+        o, lse[:, :, rows] = merge(parts)
+        out[:, rows] = o.transpose(1, 2).to(out.dtype)
+    return out, lse
 
 
 def tile_energy(q: Tensor, means: Tensor, grid: Grid, heads: int) -> Tensor:
