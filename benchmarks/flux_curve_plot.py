@@ -119,7 +119,7 @@ def draw(found: Found, curves: dict[str, list[Point]], args: argparse.Namespace)
             style = {"marker": next(marks), "markersize": 5, "linewidth": 1.2, "fillstyle": "none"}
         for side, axis in enumerate(axes):
             x = [found.mixed_share(router) if side and router else share for share, _, _ in points]
-            x = [at + 0.008 * (number - len(curves) / 2) for at in x]
+            x = x if router else [at + 0.008 * (number - 2.5) for at in x]
             y = [hits / n for _, hits, n in points]
             ends = [interval(hits, n) for _, hits, n in points]
             errors = [[max(0.0, a - low) for a, (low, _) in zip(y, ends, strict=True)],
@@ -127,7 +127,7 @@ def draw(found: Found, curves: dict[str, list[Point]], args: argparse.Namespace)
             label = f"trained, target {router.rsplit('-', 1)[-1]} %" if router else name
             axis.errorbar(x, y, yerr=errors, capsize=2, elinewidth=0.7, label=label, **style)
     for axis, title in zip(axes, ("needle prompts alone", "half needles, half prose and copying"), strict=True):
-        axis.set(xlabel="share of sparse layers", title=title, xlim=(-0.04, 1.04), ylim=(-0.04, 1.06))
+        axis.set(xlabel="share of sparse layers", title=title, xlim=(-0.05, 1.05), ylim=(-0.04, 1.06))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"needles found, {args.length} tokens")
     axes[0].legend(fontsize=7, loc="lower left")
