@@ -41,17 +41,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100, help="needles per length, holistic prompts per task / 4")
     parser.add_argument("--tasks", nargs="*", help="only these")
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--lists", action="store_true", help="every list of layers, and the two rankings")
+    parser.add_argument("--lists", nargs="*", help="every list of layers and the rankings, or lists such as 013")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     curve = Curve(args)
     for router in args.router:
         curve.measure(router.name, PatchConfig.from_pretrained(router), EVERY)
-    if args.lists:
+    if args.lists is not None:
         curve.rank()
         layers = range(curve.model.config.num_hidden_layers)
         for k in range(len(layers) + 1):
-            for chosen in combinations(layers, k):
+            for chosen in (c for c in combinations(layers, k) if not args.lists or "".join(map(str, c)) in args.lists):
                 config = FluxConfig(sparse_layers=list(chosen), sparse_settings=curve.settings)
                 tasks = EVERY if k == 0 else ("needle", *HOLISTIC) if k == len(layers) else ("needle",)
                 curve.measure("list " + "".join(map(str, chosen)), PatchConfig([config]), tasks)
