@@ -12,7 +12,7 @@ import zoo
 from hfpatch.evals.testbed import load
 from safetensors.torch import load_file, save_file
 
-from hfpatch import ConfigError, PatchConfig, patched
+from hfpatch import ConfigError, PatchConfig, cli, patched
 from hfpatch.api import patched_with
 from hfpatch.errors import InputError
 from hfpatch.flux.examples import Example, built_in_examples, read_examples
@@ -228,3 +228,20 @@ def test_matrix_entropy_of_known_spectra() -> None:
     assert float(matrix_entropy(eye)) == pytest.approx(torch.log(torch.tensor(8.0)).item(), abs=1e-4)
     line = torch.outer(torch.linspace(-1, 1, 9), torch.ones(8))
     assert float(matrix_entropy(line)) == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("router", ["learned", "error"])
+def test_the_command_writes_what_patches_the_model(
+    router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "calibrate flux embedded --steps 2 --batch 2 --examples 4 --checks 2 --length 120 --target-sparsity 0.5"
+    sizes = '{"sink": 1, "window": 16}'
+    options = ["--out", str(tmp_path), "--router", router, "--sparse-settings", sizes, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["hfpatch", *words.split(), *options])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code in (0, None) and "written to" in capsys.readouterr().out
+    model, _ = load()
+    with patched(model, PatchConfig.from_pretrained(tmp_path)) as patch, torch.no_grad():
+        model(torch.arange(10, 90)[None])
+        assert patch.methods[0].sparse_share() == (0.0 if router == "learned" else 0.5)  # type: ignore[attr-defined]
