@@ -335,7 +335,7 @@ class RawCall:
         fn: Callable[..., Any] = scope[DISPATCH].get_interface(name, scope.get("eager_attention_forward"))
         if "flash" in name or "paged" in name or "/" in name:
             module = _ModuleView(module, self.base_config)
-        return fn(module, self.q, self.k, self.v, None if self.kept else self.mask, **self.kwargs)
+        return fn(module, self.q, self.k, self.v, self.mask, **self.kwargs)
 
     def blocker(self) -> str | None:
         """Why this call has to run dense, or None."""

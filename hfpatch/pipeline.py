@@ -82,6 +82,8 @@ class LayerRuntime:
         if any(p.needs_lse for p in plans):
             out, weights = self._execute(raw, plans, stats), None
         else:
+            if raw.kept:  # all that is left is visible, and the mask speaks of the whole cache
+                raw.mask = None
             out, weights = raw.base()
             for p in plans:
                 stats.add(p.call.layout.visible, p.call.visible, raw.base_name)
