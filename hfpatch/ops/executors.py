@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hfpatch.errors import ExecutorError
 from hfpatch.ops.call import Attended, Problem, check
-from hfpatch.selection import Selection
+from hfpatch.ops.parts import leaves
+from hfpatch.selection import BlockMap, Causal, Selection, SinkWindow
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
 
@@ -29,16 +31,60 @@ class Executor:
     about: str = ""
 
 
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table: the executor that runs problems of these devices, kinds, phases and dtypes; None: all.
+
+    Kinds are `causal`, `window`, `blocks` and `mask` (anything else); every range of queries must be of one of them.
+    Phases are `prefill`, `chunk` (several queries and earlier keys) and `decode` (one query).
+    """
+
+    executor: str
+    devices: frozenset[str] | None = None
+    kinds: frozenset[str] | None = None
+    phases: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether the rule speaks of the problem."""
+        return (
+            (self.devices is None or problem.q.device.type in self.devices)
+            and (self.dtypes is None or problem.q.dtype in self.dtypes)
+            and (self.phases is None or phase(problem) in self.phases)
+            and (self.kinds is None or all(kind(s) in self.kinds for s in leaves(problem.selection)))
+        )
+
+
+def kind(selection: Selection) -> str:
+    """The kind of a selection without ranges, as the table names it."""
+    kinds = {Causal: "causal", SinkWindow: "window", BlockMap: "blocks"}
+    return next((name for cls, name in kinds.items() if isinstance(selection, cls)), "mask")
+
+
+def phase(problem: Problem) -> str:
+    """The phase of a problem, as the table names it."""
+    lq, lk = problem.q.shape[2], problem.k.shape[2]
+    return "decode" if lq == 1 else "prefill" if lq == lk else "chunk"
+
+
 _EXECUTORS: dict[str, Executor] = {}
-_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("torch", "reference"), "*": ("torch", "reference")}
+TABLE: list[Rule] = [
+    Rule(
+        "triton",
+        devices=frozenset({"cuda"}),
+        kinds=frozenset({"causal", "window", "blocks"}),
+        dtypes=frozenset({torch.bfloat16, torch.float16}),
+    ),
+    Rule("torch"),
+    Rule("reference"),
+]
 
 
-def register_executor(executor: Executor, *, first_on: str | None = None) -> None:
-    """Add an executor; `first_on` (a device type) puts it before the others there."""
+def register_executor(executor: Executor, rule: Rule | None = None) -> None:
+    """Add an executor; a `rule` puts it before the others for the problems the rule speaks of."""
     _EXECUTORS[executor.name] = executor
-    if first_on is not None:
-        order = _PREFERRED.get(first_on, _PREFERRED["*"])
-        _PREFERRED[first_on] = (executor.name, *(n for n in order if n != executor.name))
+    if rule is not None:
+        TABLE.insert(0, rule)
 
 
 def list_executors() -> list[Executor]:
@@ -47,7 +93,7 @@ def list_executors() -> list[Executor]:
 
 
 def choose(problem: Problem, name: str | None = None) -> Executor:
-    """The executor named, or the first of the device's table that can run the problem."""
+    """The executor named, or the first of the table that can run the problem."""
     if name is not None:
         if name not in _EXECUTORS:
             raise ExecutorError(f"There is no executor called {name!r}; choose from {', '.join(sorted(_EXECUTORS))}.")
@@ -56,11 +102,14 @@ def choose(problem: Problem, name: str | None = None) -> Executor:
             raise ExecutorError(f"Executor {name!r} cannot run this call: {reason}.")
         return _EXECUTORS[name]
     refused = []
-    for n in _PREFERRED.get(problem.q.device.type, _PREFERRED["*"]):
-        reason = _EXECUTORS[n].supports(problem)
+    for rule in TABLE:
+        if not rule.fits(problem):
+            continue
+        chosen = _EXECUTORS[rule.executor]
+        reason = chosen.supports(problem)
         if reason is None:
-            return _EXECUTORS[n]
-        refused.append(f"{n}: {reason}")
+            return chosen
+        refused.append(f"{chosen.name}: {reason}")
     raise ExecutorError(f"No executor can run this call ({'; '.join(refused)}).")
 
 

@@ -1,5 +1,7 @@
 """Inputs, selections and comparisons shared by the tests of the executors."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -89,6 +91,15 @@ def selections(at: Layout) -> dict[str, Selection | None]:
 
 
 NAMES = list(selections(Layout(1, 2, 1, 8, 8, torch.device("cpu"))))
+
+
+def moved(selection: Selection | None, device: torch.device) -> Selection | None:
+    """The selection with its tensors on a device."""
+    if isinstance(selection, Rows):
+        return Rows([(stop, moved(part, device)) for stop, part in selection.parts])
+    if not isinstance(selection, BlockMap):
+        return selection
+    return replace(selection, indices=selection.indices.to(device), counts=selection.counts.to(device))
 
 
 def layout_of(q: Tensor, k: Tensor) -> Layout:

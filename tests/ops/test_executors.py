@@ -9,15 +9,40 @@ from helpers import assert_close, check, inputs, layout_of, random_map, selectio
 from torch import Tensor
 
 from hfpatch.errors import ExecutorError
-from hfpatch.ops import Executor, attend, list_executors, merge, register_executor
-from hfpatch.selection import Causal, Layout, Selection, SinkWindow
+from hfpatch.ops import Executor, Rule, attend, executors, list_executors, merge, register_executor
+from hfpatch.selection import Causal, Layout, Rows, Selection, SinkWindow
 
 
 def test_table():
-    assert {"reference", "torch"} <= {e.name for e in list_executors()}
+    assert {"reference", "torch", "triton", "flex"} <= {e.name for e in list_executors()}
     q, k, v = inputs(1, 2, 1, 5, 7)
     assert attend(q, k, v, selection=None, scale=1.0).executor == "torch"
     assert attend(q, k, v, selection=None, scale=1.0, executor="reference").executor == "reference"
+
+
+def test_rules_choose(monkeypatch):
+    """The first rule that speaks of a call and whose executor can run it; a rule is by device, kind, phase, dtype."""
+    monkeypatch.setattr(executors, "TABLE", list(executors.TABLE))
+    monkeypatch.setattr(executors, "_EXECUTORS", dict(executors._EXECUTORS))
+
+    def add(name, able=True, **rule):
+        run = executors._EXECUTORS["reference"].run
+        made = Executor(name, lambda p: None if able else "not today", run)
+        register_executor(made, Rule(name, **{n: frozenset(v) for n, v in rule.items()}))
+
+    def chosen(selection, lq=9, dtype=torch.float32):
+        q, k, v = (t.to(dtype) for t in inputs(1, 2, 1, lq, 9))
+        return attend(q, k, v, selection=selection, scale=1.0).executor
+
+    add("elsewhere", devices={"cuda"})
+    add("windows", kinds={"window", "causal"}, phases={"prefill", "decode"})
+    add("unable", able=False)
+    add("halves", devices={"cpu"}, dtypes={torch.bfloat16}, phases={"chunk"})
+    window = SinkWindow(1, 3)
+    assert chosen(window) == chosen(None) == chosen(window, lq=1) == "windows"
+    assert chosen(window, lq=4) == "torch" and chosen(window, lq=4, dtype=torch.bfloat16) == "halves"
+    assert chosen(Rows([(4, window), (9, Causal())])) == "windows"
+    assert chosen(Rows([(4, window), (9, Even())])) == chosen(Even()) == "torch"
 
 
 def test_unknown_and_unable():

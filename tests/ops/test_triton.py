@@ -1,0 +1,157 @@
+"""The triton executor against the dense float32 reference: in Triton's interpreter, on a GPU where there is one."""
+
+import pytest
+import torch
+from helpers import RATIO, assert_close, inputs, layout_of, moved, random_map, selections
+from tiny_llama import tiny_model
+
+from hfpatch import patched
+from hfpatch.errors import ExecutorError
+from hfpatch.ops import attend, triton_executor
+from hfpatch.selection import Causal, Rows, SinkWindow
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install 'hfpatch[triton]')")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {
+    "B1-H2_2-L63": (1, 2, 2, 63, 63),
+    "B1-H2_1-L257": (1, 2, 1, 257, 257),
+    "B1-H8_1-L37": (1, 8, 1, 37, 37),
+    "B3-H4_1-chunk20of111": (3, 4, 1, 20, 111),
+    "B3-H8_2-decode257": (3, 8, 2, 1, 257),
+    "B1-H4_4-decode111": (1, 4, 4, 1, 111),
+}
+KINDS = [
+    *("none", "window", "window_no_sink", "window_one", "window_zero", "window_wide", "blocks_even", "blocks_uneven"),
+    *("blocks_shared", "blocks_per_head", "blocks_odd", "blocks_tall", "tokens"),
+]
+
+
+def compare(q, k, v, selection, **kw):
+    """Compare with the reference on the same inputs."""
+    kw = {"scale": q.shape[-1] ** -0.5, **kw}
+    ref = attend(q, k, v, selection=selection, executor="reference", **kw)
+    there = {n: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for n, t in kw.items()}
+    q, k, v = (t.to(DEVICE) for t in (q, k, v))
+    got = attend(q, k, v, selection=moved(selection, q.device), executor="triton", **there)
+    assert got.executor == "triton" and got.out.dtype == q.dtype and got.lse.dtype == torch.float32
+    assert_close("out", ref.out, got.out.cpu(), RATIO[q.dtype])
+    assert_close("lse", ref.lse, got.lse.cpu(), RATIO[q.dtype])
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32(shape, name):
+    q, k, v = inputs(*SHAPES[shape])
+    compare(q, k, v, selections(layout_of(q, k))[name])
+
+
+@pytest.mark.parametrize("name", ["window", "blocks_uneven", "tokens"])
+@pytest.mark.parametrize("shape", ["B3-H4_1-chunk20of111", "B3-H8_2-decode257"])
+@pytest.mark.parametrize("extra", ["softcap", "sinks", "bias", "bias_head", "all"])
+def test_extras(shape, name, extra):
+    b, hq, hkv, lq, lk = SHAPES[shape]
+    q, k, v = inputs(b, hq, hkv, lq, lk, dv=48 if extra == "all" else None)
+    kw = {}
+    if extra in ("softcap", "all"):
+        kw["softcap"] = 1.5
+    if extra in ("sinks", "all"):
+        kw["sinks"] = torch.randn(hq) * 2
+    if extra == "bias":
+        kw["bias"] = torch.randn(1, 1, lk)
+    if extra in ("bias_head", "all"):
+        kw["bias"] = torch.randn(b, hq, lk)
+    compare(q, k, v, selections(layout_of(q, k))[name], **kw)
+
+
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (256, 256), (192, 128), (80, 80), (96, 40)])
+@pytest.mark.parametrize("lq", [40, 1])
+def test_head_dims(lq, d, dv):
+    q, k, v = inputs(1, 2, 1, lq, 63, d=d, dv=dv)
+    for name in ("window", "blocks_even"):
+        compare(q, k, v, selections(layout_of(q, k))[name])
+
+
+@pytest.mark.parametrize("name", ["none", "window", "blocks_even", "blocks_uneven", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half(name, dtype):
+    for b, hq, hkv, lq, lk in ((1, 2, 2, 111, 111), (3, 4, 1, 20, 63), (3, 8, 2, 1, 257)):
+        q, k, v = inputs(b, hq, hkv, lq, lk, d=64, dtype=dtype)
+        compare(q, k, v, selections(layout_of(q, k))[name], sinks=torch.randn(hq), softcap=3.0)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_blocks_wider_than_a_tile(block):
+    q, k, v = inputs(1, 2, 1, 150, 300, d=16)
+    compare(q, k, v, random_map(layout_of(q, k), 1, block, block, 3, even=True))
+
+
+@pytest.mark.parametrize("splits", [2, 4])
+@pytest.mark.parametrize("name", ["none", "window", "blocks_uneven", "tokens"])
+def test_split_over_keys(name, splits, monkeypatch):
+    """Partial results of the splits, some of them without a key, are merged into the whole."""
+    monkeypatch.setattr(triton_executor, "split_count", lambda programs, tiles, device: splits)
+    for b, hq, hkv, lq, lk in ((2, 4, 2, 1, 257), (1, 2, 1, 7, 111)):
+        q, k, v = inputs(b, hq, hkv, lq, lk)
+        compare(q, k, v, selections(layout_of(q, k))[name], sinks=torch.randn(hq) if lq == 1 else None)
+
+
+def test_split_count_fills_the_device():
+    cpu = torch.device("cpu")
+    assert triton_executor.split_count(100, 1000, cpu) == 1
+    assert triton_executor.split_count(1, 1000, cpu) == 16
+    assert triton_executor.split_count(3, 1000, cpu) == 4
+    assert triton_executor.split_count(1, 8, cpu) == 2
+    assert triton_executor.split_count(1, 3, cpu) == 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "static", "fused", "columns"])
+def test_strides(layout):
+    q, k, v = inputs(2, 2, 1, 63, 63, layout=layout)
+    for name in ("window", "blocks_even"):
+        compare(q, k, v, selections(layout_of(q, k))[name])
+
+
+def test_ranges_of_queries():
+    q, k, v = inputs(2, 2, 1, 63, 80)
+    blocks = random_map(layout_of(q, k).rows(0, 30), 1, 16, 16, 3, even=True)
+    compare(q, k, v, Rows([(30, blocks), (40, SinkWindow(2, 9)), (63, Causal())]))
+
+
+def test_rows_without_keys():
+    q, k, v = inputs(1, 2, 2, 63, 63)
+    sel = random_map(layout_of(q, k), 2, 16, 16, 4)
+    sel.counts[:, :, 2] = 0
+    compare(q, k, v, sel)
+    compare(q, k, v, sel, sinks=torch.randn(2))
+
+
+def test_says_what_it_cannot_run(monkeypatch):
+    q, k, v = (t.to(DEVICE) for t in inputs(1, 2, 1, 5, 7))
+
+    def refused(says, **change):
+        args = {"q": q, "k": k, "v": v, "selection": None, "scale": 1.0, **change}
+        with pytest.raises(ExecutorError, match=f"'triton' cannot run this call: {says}"):
+            attend(**args, executor="triton")
+
+    refused("it does not run a Predicate selection", selection=selections(layout_of(q, k))["predicate"])
+    refused("it has no backward pass", q=q.clone().requires_grad_())
+    refused("it does not run torch.float64", **{n: t.double() for n, t in (("q", q), ("k", k), ("v", v))})
+    refused("heads of 320 are wider than 256", v=v.repeat(1, 1, 1, 10))
+    monkeypatch.setattr(triton_executor, "find_spec", lambda name: None)
+    refused("Triton is not installed; run `pip install 'hfpatch\\[triton\\]'`")
+    if DEVICE == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        refused("it needs a GPU")
+
+
+def test_report_shows_it():
+    model = tiny_model().to(DEVICE)
+    ids = torch.arange(2, 40, device=DEVICE)[None]
+    with torch.no_grad():
+        with patched(model, "streaming", sink=2, window=9, executor="torch"):
+            want = model(ids).logits
+        with patched(model, "streaming", sink=2, window=9, executor="triton") as patch:
+            got = model(ids).logits
+            assert all(set(line.stats.executors) == {"triton"} for line in patch.report().lines)
+    assert_close("logits", want, got, 1e-4)
