@@ -69,7 +69,7 @@ def heat_map(rows: Sequence[Row], path: Path, title: str) -> Path:
         figure.supxlabel("prompt length (tokens)")
         figure.supylabel("needle depth (% of the haystack)")
         figure.suptitle(title)
-        bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.9, pad=0.02)
+        bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.9, pad=0.02, aspect=20 * max(1, lines / 1.5))
         bar.set_label("needles found")
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
         return save(figure, path)
