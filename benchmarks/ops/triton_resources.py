@@ -1,9 +1,10 @@
 """What the Triton kernels become on a Hopper GPU (sm_90), compiled here without one: registers, spills, shared memory.
 
-python benchmarks/ops/triton_resources.py            # all cases; 10 to 60 s of compiling each
-python benchmarks/ops/triton_resources.py decode     # those whose name contains a word
+PYTHONPATH=. python benchmarks/ops/triton_resources.py            # all cases; 10 to 60 s of compiling each
+PYTHONPATH=. python benchmarks/ops/triton_resources.py decode     # those whose name contains a word
 
-Says nothing of speed. Exits with 1 when a kernel spills registers or asks for more shared memory than there is.
+Says nothing of speed. Exits with 1 when a kernel spills more than a few registers or wants more shared memory than
+there is.
 """
 
 import os
@@ -25,6 +26,7 @@ from hfpatch.ops.call import Problem
 from hfpatch.selection import BlockMap, Selection, SinkWindow
 
 SHARED = 227 * 1024
+SPILLED = 128
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES: dict[str, tuple[int, int, int, torch.dtype, str, dict[str, Any]]] = {
     # name: (queries, key dim, value dim, dtype, selection, extras)
@@ -105,7 +107,7 @@ def main() -> int:
         triton_executor.run(Problem(q, k, v, selection(kind, lq, lk), d**-0.5, **extras))
         for registers, spilled, shared in found:
             print(f"{name:<34}{registers:4} registers  {spilled:6} bytes spilled  {shared:7} bytes shared", flush=True)
-            wrong += spilled > 0 or shared > SHARED
+            wrong += spilled > SPILLED or shared > SHARED
     return int(wrong > 0)
 
 
