@@ -1,41 +1,42 @@
-"""What a patch that changes nothing costs per decoded token: patched and unpatched take turns on one cache.
+"""What patches cost per decoded token where they save nothing: they and the unpatched model take turns on one cache.
 
 python benchmarks/overhead.py --length 16384 --tokens 400
+python benchmarks/overhead.py --length 8192 --patch dense --patch zerotuning:gamma=2.0 --patch gated
 """
 
 import argparse
 import statistics
 import time
-from contextlib import nullcontext
 
 import torch
 from hfpatch.evals.testbed import load
-
-from hfpatch import patched
+from hfpatch.evals.variants import parse_variants
 
 
 def main() -> None:
-    """Print the median time per token of both, and their ratio."""
+    """Print the median time per token of all, and their ratios to the unpatched model."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--patch", action="append", help="method:setting=value,...; repeatable; dense by default")
     args = parser.parse_args()
     model, _ = load()
+    variants = parse_variants(args.patch or ["dense"])
     ids = torch.randint(10, 1000, (1, args.length), generator=torch.Generator().manual_seed(0))
-    times: dict[str, list[float]] = {"unpatched": [], "dense": []}
+    times: dict[str, list[float]] = {v.name: [] for v in variants}
     with torch.inference_mode():
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
         for n in range(args.tokens):
-            for name in sorted(times, reverse=n % 2 == 0):
-                with patched(model, "dense") if name == "dense" else nullcontext():
+            for variant in variants if n % 2 else variants[::-1]:
+                with variant.applied(model):
                     start = time.perf_counter()
                     model(ids[:, :1], past_key_values=cache)
-                    times[name].append(time.perf_counter() - start)
-    base, dense = (statistics.median(times[n]) for n in ("unpatched", "dense"))
-    for name, found in times.items():
-        low, _, high = statistics.quantiles(found, n=4)
-        print(f"{name:>9}: {statistics.median(found) * 1e3:.3f} ms per token [{low * 1e3:.3f}, {high * 1e3:.3f}]")
-    print(f"dense / unpatched: {dense / base:.4f}")
+                    times[variant.name].append(time.perf_counter() - start)
+    base = statistics.median(times[variants[0].name])
+    for n, (name, found) in enumerate(times.items()):
+        low, middle, high = (1e3 * t for t in statistics.quantiles(found, n=4))
+        ratio = "" if n == 0 else f"  {statistics.median(found) / base - 1:+.1%}"
+        print(f"{'unpatched' if n == 0 else name:>24}: {middle:.3f} ms per token [{low:.3f}, {high:.3f}]{ratio}")
 
 
 if __name__ == "__main__":
