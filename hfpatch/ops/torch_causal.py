@@ -7,8 +7,19 @@ from hfpatch.ops.call import Problem
 from hfpatch.ops.merge import Part
 from hfpatch.ops.torch_kernel import Kernel
 from hfpatch.ops.torch_output import Output, blocked
+from hfpatch.selection import Causal
 
 SHORT = 2048
+
+
+def one_query(problem: Problem, kernel: Kernel) -> tuple[Tensor, Tensor] | None:
+    """`out [B, 1, Hq, Dv]`, `lse [B, Hq, 1]` of a decode step in one kernel call; None where that does not serve."""
+    q, dense = problem.q, isinstance(problem.selection, Causal)
+    if q.shape[2] != 1 or not dense or kernel.fused is None or problem.bias is not None or problem.sinks is not None:
+        return None
+    b, hq, _, d = q.shape
+    o, lse = kernel.fused(q.reshape(b, -1, problem.groups, d), problem.k, problem.v, None, scale=problem.scale)
+    return o.reshape(b, 1, hq, -1), lse.reshape(b, hq, 1)
 
 
 def run(problem: Problem, out: Output, kernel: Kernel) -> None:
