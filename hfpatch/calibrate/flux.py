@@ -57,9 +57,7 @@ def flux(
         PatchConfig([config], model, {f"0.{k}": t for k, t in read_published(published).items()}).save_pretrained(out)
         console.print("converted by name and shape only; this has not been tested on a real checkpoint")
         if change := projection_difference(published, loaded.model):
-            console.print(
-                f"its projections differ from those of MODEL by up to {change:.1%}: it is another model"
-            )
+            console.print(f"its projections differ from those of MODEL by up to {change:.1%}: it is another model")
         return
     drawn = (
         list(read_examples(data, loaded.tokenizer, length))

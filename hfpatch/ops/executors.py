@@ -68,16 +68,7 @@ def phase(problem: Problem) -> str:
 
 
 _EXECUTORS: dict[str, Executor] = {}
-TABLE: list[Rule] = [
-    Rule(
-        "triton",
-        devices=frozenset({"cuda"}),
-        kinds=frozenset({"causal", "window", "blocks"}),
-        dtypes=frozenset({torch.bfloat16, torch.float16}),
-    ),
-    Rule("torch"),
-    Rule("reference"),
-]
+TABLE: list[Rule] = [Rule("torch"), Rule("reference")]
 
 
 def register_executor(executor: Executor, rule: Rule | None = None) -> None:
