@@ -81,7 +81,7 @@ def _refusal(name: str, model: Any, variant: Variant) -> str | None:
         try:
             with variant.applied(model):
                 return None
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError):  # it reads weights, which the meta device has not got
             with patched(load_model(name).model, variant.config):
                 return None
     except HfpatchError as error:
