@@ -18,11 +18,15 @@ CHUNK_KEYS = 1 << 15
 
 @dataclass(frozen=True)
 class Plan:
-    """A `BlockMap` put in order: per query block its wholly visible key blocks first, then the partial ones."""
+    """A `BlockMap` put in order: per query block the key blocks before it first, then the partly visible ones.
+
+    `own [nQ]`: whether the latter are exactly the query block's own tokens, for all rows and heads.
+    """
 
     order: Tensor
     full: Tensor
     partial: Tensor
+    own: list[bool]
 
     @classmethod
     def of(cls, sel: BlockMap, problem: Problem, heads: int) -> "Plan":
@@ -32,11 +36,15 @@ class Plan:
         idx, listed = idx[:, :, :nq], sel.listed()[:, :, :nq]
         first = at.off + torch.arange(nq, device=idx.device)[:, None] * sel.block_q
         last = (first + sel.block_q).clamp(max=at.Lk) - 1
-        full = listed & ((idx + 1) * sel.block_k - 1 <= first)
+        full = listed & ((idx + 1) * sel.block_k <= first)
         partial = listed & ~full & (idx * sel.block_k <= last)
         rank = 2 - 2 * full.to(torch.int8) - partial.to(torch.int8)
         order = idx.gather(-1, rank.argsort(dim=-1, stable=True))
-        return cls(*(t.expand(-1, heads, *t.shape[2:]) for t in (order, full.sum(-1), partial.sum(-1))))
+        count = partial.sum(-1)
+        inside = count * sel.block_k == (last - first + 1)[:, 0]
+        begins = torch.where(partial, idx * sel.block_k, at.Lk).amin(-1) == first[:, 0]
+        order, full, count = (t.expand(-1, heads, *t.shape[2:]) for t in (order, full.sum(-1), count))
+        return cls(order, full, count, (inside & begins).all(0).all(0).tolist())
 
 
 def run(problem: Problem, out: Output, kernel: Kernel) -> None:
@@ -71,6 +79,7 @@ class _Work:
         self.all_heads = torch.arange(heads, device=device)[:, None]
         self.kv_head = torch.arange(heads, device=device) * problem.at.Hkv // heads
         self.full, self.partial = plan.full.tolist(), plan.partial.tolist()
+        self.causal = kernel.fused is not None and problem.bias is None
 
     def parts(self, b: int, n0: int, n1: int, rows: slice) -> list[Part]:
         """Parts `[N, H, R, G, Dv]` of query blocks `n0..n1`, queries `rows`."""
@@ -80,12 +89,15 @@ class _Work:
         full = [c for h in self.full[row] for c in h[n0:n1]]
         widest = max(c for h in self.partial[row] for c in h[n0:n1])
         parts = []
+        own = self.causal and all(self.plan.own[n0:n1])
         if max(full) > 0 and min(full) == max(full):
             parts.append(self._full(b, q, order[..., : full[0]], self.all_heads))
         elif max(full) > 0:
             parts.append(self._uneven(b, q, order, self.plan.full[row, :, n0:n1].t()))
-        if widest or not parts:
-            first = self.p.at.off + rows.start
+        first = self.p.at.off + rows.start
+        if own:
+            parts.append(self._own(b, q, first))
+        elif widest or not parts:
             parts.append(self._partial(b, row, q, order, n0, n1, max(widest, 1), first))
         return parts
 
@@ -112,6 +124,17 @@ class _Work:
                 part = self._full(b, q[n, h][:, None], order[n, h, :c][:, None], h[:, None, None])
                 o[n, h], lse[n, h] = part[0][:, 0].to(o.dtype), part[1][:, 0]
         return o, lse
+
+    def _own(self, b: int, q: Tensor, first: int) -> Part:
+        """The query blocks' own tokens, which begin at `first`: nothing to gather, and no mask."""
+        n, h, r, g, _ = q.shape
+        k, v = (
+            x[b, :, first : first + n * r][self.kv_head].unflatten(1, (n, r)).transpose(0, 1).flatten(0, 1)
+            for x in (self.p.k, self.p.v)
+        )
+        wide = q.transpose(2, 3).flatten(0, 1)
+        o, lse = self.kernel.causal(wide, *(x[:, None].expand(-1, g, -1, -1) for x in (k, v)))
+        return o.unflatten(0, (n, h)).transpose(2, 3), lse.unflatten(0, (n, h)).transpose(2, 3)
 
     def _partial(self, b: int, row: int, q: Tensor, order: Tensor, n0: int, n1: int, c: int, first: int) -> Part:
         """Key blocks cut by causality, masked token by token."""

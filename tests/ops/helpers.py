@@ -63,6 +63,18 @@ def random_map(
     return BlockMap(indices.masked_fill(junk, 10**6).int(), counts, block_q, block_k)
 
 
+def own_tokens(at: Layout, heads: int, block_q: int, more: int) -> BlockMap:
+    """Token lists of each query block: its own tokens and, where there are as many, `more` random ones before it."""
+    nq = -(-at.Lq // block_q)
+    indices, counts = torch.zeros(1, heads, nq, block_q + more, dtype=torch.int), torch.zeros(1, heads, nq)
+    for h in range(heads):
+        for n in range(nq):
+            first, last = at.off + n * block_q, min(at.off + (n + 1) * block_q, at.Lk)
+            chosen = torch.cat([torch.randperm(first)[:more], torch.arange(first, last)])
+            indices[0, h, n, : len(chosen)], counts[0, h, n] = chosen[torch.randperm(len(chosen))], len(chosen)
+    return BlockMap(indices, counts.int(), block_q, 1)
+
+
 def selections(at: Layout) -> dict[str, Selection | None]:
     """One of every kind, sized for the layout."""
     dilated = Predicate(lambda h, i, j: ((i - j) % (h + 2) == 0) | (j < 2))
@@ -85,6 +97,7 @@ def selections(at: Layout) -> dict[str, Selection | None]:
         "blocks_odd": random_map(at, 1, 13, 7, 5, even=True),
         "blocks_tall": random_map(at, at.Hkv, 64, 4, 20),
         "tokens": random_map(at, at.Hkv, 16, 1, 30),
+        "tokens_own": own_tokens(at, at.Hkv, 16, 20),
         "rows": rows,
         "both": Both(blocks, dilated),
     }
