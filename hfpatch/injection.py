@@ -276,6 +276,7 @@ class RawCall:
     hidden: Tensor | None
     cache: Any
     base_config: Any
+    _total: int | None = None
 
     @cached_property
     def queries(self) -> Tensor | None:
@@ -295,13 +296,13 @@ class RawCall:
             return "decode"
         return "chunk" if self.total > self.q.shape[2] else "prefill"
 
-    @cached_property
+    @property
     def total(self) -> int:
         """Tokens seen so far, this call's included, asked of the cache after its update."""
-        if self.cache is None:
-            return self.k.shape[2]
-        length = _cache_length(self.cache, self.layer_idx, self.k)
-        return _UNKNOWN if length is None else length
+        if self._total is None:  # by hand: before Python 3.12 a cached_property takes a lock
+            length = self.k.shape[2] if self.cache is None else _cache_length(self.cache, self.layer_idx, self.k)
+            self._total = _UNKNOWN if length is None else length
+        return self._total
 
     @property
     def scale(self) -> float:
@@ -312,7 +313,8 @@ class RawCall:
     @property
     def softcap(self) -> float | None:
         """Logit soft-cap; none under sdpa, which never applies one (old releases drop it silently, new ones raise)."""
-        return None if self.base_name == "sdpa" else self.kwargs.get("softcap")
+        softcap = self.kwargs.get("softcap")
+        return None if softcap is None or self.base_name == "sdpa" else softcap
 
     @property
     def sinks(self) -> Tensor | None:
@@ -323,9 +325,9 @@ class RawCall:
     @property
     def base_name(self) -> str:
         """Name of the attention implementation the model had."""
-        return str(
-            vars(self.base_config).get("_attn_implementation_internal") or self.base_config._attn_implementation
-        )
+        config = self.base_config  # a config's own __getattribute__ is slow, but torch.compile follows no other
+        own = vars(config) if is_compiling() else object.__getattribute__(config, "__dict__")
+        return str(own.get("_attn_implementation_internal") or self.base_config._attn_implementation)
 
     def base(self) -> tuple[Tensor, Tensor | None]:
         """The call as the unpatched model would make it: `(out [B, Lq, Hq, Dv], weights or None)`."""
@@ -348,9 +350,10 @@ class RawCall:
             return "bidirectional attention"
         if kw.get("output_attentions"):
             return "attention weights were asked for"
-        odd = sorted(k for k, v in kw.items() if v is not None and v is not False and k not in _HARMLESS)
-        if odd:
-            return f"the call carries {', '.join(odd)}"
+        if not kw.keys() <= _HARMLESS:
+            odd = sorted(k for k, v in kw.items() if v is not None and v is not False and k not in _HARMLESS)
+            if odd:
+                return f"the call carries {', '.join(odd)}"
         if self.mask is not None and not isinstance(self.mask, Tensor):
             return f"a {type(self.mask).__name__} mask"
         if self.total == _UNKNOWN:
@@ -359,7 +362,7 @@ class RawCall:
             return "a cache that has dropped keys"
         return None
 
-    @cached_property
+    @property
     def kept(self) -> SinkWindow | None:
         """Which keys the cache has kept, when hfpatch has dropped the others."""
         return kept_by(self.cache, self.layer_idx) if self.total > self.k.shape[2] else None
@@ -383,13 +386,21 @@ class RawCall:
 
 def _cache_length(cache: Any, layer_idx: int | None, key: Tensor) -> int | None:
     """Tokens a cache has seen: asked of this layer, else of an earlier one, else of the layer that holds `key`."""
+    found = None if layer_idx is None else _length_at(cache, layer_idx)
+    if found is not None:
+        return found
     holders = (n for n, x in enumerate(getattr(cache, "layers", ())) if getattr(x, "keys", None) is key)
-    for index in chain(() if layer_idx is None else range(layer_idx, -1, -1), holders):
-        try:
-            return int(cache.get_seq_length(index))
-        except (AttributeError, IndexError, NotImplementedError, ValueError):
-            continue
+    for index in chain(() if layer_idx is None else range(layer_idx - 1, -1, -1), holders):
+        if (found := _length_at(cache, index)) is not None:
+            return found
     return None
+
+
+def _length_at(cache: Any, index: int) -> int | None:
+    try:
+        return int(cache.get_seq_length(index))
+    except (AttributeError, IndexError, NotImplementedError, ValueError):
+        return None
 
 
 def hfpatch_attention(
