@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .selection import Layout, Selection
+from .selection import Layout, Selection, pairs
 
 Span = tuple[int, int] | None
 
@@ -93,7 +93,8 @@ class AttentionCall:
     @property
     def visible(self) -> int:
         """(row, head, query, key) pairs dense attention would look at, dropped keys included."""
-        return replace(self.layout, Lk=self.Lk + self.dropped).visible
+        (b, hq, lq, _), lk = self.q.shape, self.k.shape[2] + self.dropped
+        return pairs(b, hq, lq, lk)
 
     @cached_property
     def q_pos(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Reading the padding out of the mask the model made, and splitting a batch into rows without padding."""
 
 import weakref
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ _CHUNK = 1 << 24
 _memo: tuple["weakref.ref[Tensor]", int | None, int, "list[RowGroup] | str", set[int]] | None = None
 
 
-@dataclass(frozen=True)
-class RowGroup:
+class RowGroup(NamedTuple):
     """Batch rows whose real tokens are keys `start..stop`."""
 
     rows: tuple[int, ...]

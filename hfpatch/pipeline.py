@@ -17,9 +17,38 @@ from .ops import attend
 from .padding import RowGroup
 from .regroup import Columns, regroup
 from .report import PhaseStats
-from .selection import Selection, intersect
+from .selection import Selection, SinkWindow, intersect
 
 _START = "hfpatch-start"
+
+
+class Chain:
+    """The methods that act on a call, in order, and which act at which point: worked out once, not per call."""
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self.methods = list(methods)
+        self.router = next((m for m in methods if "route" in m.points()), None)
+        self.planners = [m for m in methods if m.points() & {"select", "bias", "regroup"}]
+        self.outputs = [m for m in methods if "output" in m.points()]
+        self.observers = [m for m in methods if "observe" in m.points()]
+        self.stateful = any(m.stateful for m in methods)
+        self.needs_lse = any("lse" in m.needs for m in methods)
+        self._routed: dict[Method | None, Chain] = {}
+
+    def routed(self, child: Method | None) -> "Chain":
+        """The chain for rows that the router sends to `child`."""
+        if child not in self._routed:
+            others = [m for m in self.methods if m is not self.router]
+            self._routed[child] = Chain([*others, child] if child else others)
+        return self._routed[child]
+
+    @property
+    def executor(self) -> str | None:
+        """The executor one of the methods asks for."""
+        for m in self.methods:
+            if m.config.executor:
+                return m.config.executor
+        return None
 
 
 @dataclass(eq=False)
@@ -28,7 +57,7 @@ class Plan:
 
     call: AttentionCall
     whole: AttentionCall
-    methods: list[Method]
+    chain: Chain
     group: RowGroup
     selection: Selection | None
     columns: list[Columns]
@@ -36,12 +65,7 @@ class Plan:
     @property
     def needs_lse(self) -> bool:
         """Whether the base implementation, which gives no lse, is not enough."""
-        return bool(
-            self.selection is not None
-            or self.columns
-            or self.call.bias is not None
-            or any("lse" in m.needs for m in self.methods)
-        )
+        return bool(self.selection is not None or self.columns or self.call.bias is not None or self.chain.needs_lse)
 
 
 class LayerRuntime:
@@ -57,39 +81,40 @@ class LayerRuntime:
         self.retains = bool(self._retaining)
         self.stats: dict[str, PhaseStats] = {}
         self.spans: Mapping[str, Sequence[Span]] = {}
-        self._acting = {
-            phase: [m for m in self.methods if m.points() and (phase if phase != "chunk" else "prefill") in m.acts_in]
-            for phase in ("prefill", "chunk", "decode")
-        }
+        prefill, decode = (
+            Chain([m for m in self.methods if m.points() and phase in m.acts_in]) for phase in ("prefill", "decode")
+        )
+        self._chains = {"prefill": prefill, "chunk": prefill, "decode": decode}
+        self._idle = not prefill.methods and not decode.methods
 
     def run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
         """Attention output `[B, Lq, Hq, Dv]` and weights (None unless the base gives them)."""
-        if is_compiling() and not any(self._acting.values()):
+        if self._idle and is_compiling():
             return raw.base()
         phase = raw.phase
-        methods = self._acting[phase]
-        if not methods:
+        chain = self._chains[phase]
+        if not chain.methods:
             return self._dense(raw, phase, None)
-        reason = raw.blocker()
-        groups = reason or raw.groups()
+        kept = raw.kept
+        groups = raw.blocker() or raw.groups()
         if isinstance(groups, str):
-            if raw.kept:
+            if kept:
                 raise CacheError(f"{groups} asks for dense attention, but this cache was cropped; start it anew.")
             return self._dense(raw, phase, groups)
-        plans = self._plan(raw, phase, methods, groups)
+        plans = self._plan(raw, phase, chain, groups, kept)
         stats = self._stats(phase)
         stats.calls += 1
         if any(p.needs_lse for p in plans):
             out, weights = self._execute(raw, plans, stats), None
         else:
-            if raw.kept:  # all that is left is visible, and the mask speaks of the whole cache
+            if kept:  # all that is left is visible, and the mask speaks of the whole cache
                 raw.mask = None
             out, weights = raw.base()
             for p in plans:
                 stats.add(p.call.layout.visible, p.call.visible, raw.base_name)
-            if any({"output", "observe"} & m.points() for p in plans for m in p.methods):
+            if any(p.chain.outputs or p.chain.observers for p in plans):
                 out = self._apply_outputs(raw, plans, out)
-        if self._retaining and not raw.kept:
+        if self._retaining and not kept:
             self._crop(raw, plans)
         return out, weights
 
@@ -109,20 +134,25 @@ class LayerRuntime:
                 stats.fallbacks[reason] += 1
         return raw.base()
 
-    def _plan(self, raw: RawCall, phase: str, methods: list[Method], groups: list[RowGroup]) -> list[Plan]:
-        states = raw.states(self.name) if any(m.stateful for m in methods) else {}
+    def _plan(
+        self, raw: RawCall, phase: str, chain: Chain, groups: list[RowGroup], kept: SinkWindow | None
+    ) -> list[Plan]:
+        states = raw.states(self.name) if chain.stateful else {}
         plans = []
         for group in groups:
-            call = self._call(raw, phase, group)
+            call = self._call(raw, phase, group, kept)
             if call.Lq == 0:
                 continue
             split_states(states, group.rows)
             call.states = states
-            if raw.kept:
+            if kept:
                 self._check_kept(raw, call, group)
-            for part, chosen in self._routed(call, methods):
+            if chain.router is None:
+                plans.append(self._plan_one(call, call, chain, group))
+                continue
+            for part, child in self._routed(call, chain.router):
                 part_group = RowGroup(part.rows, group.start, group.stop)
-                plans.append(self._plan_one(part, call, chosen, part_group))
+                plans.append(self._plan_one(part, call, chain.routed(child), part_group))
         return plans
 
     def _check_kept(self, raw: RawCall, call: AttentionCall, group: RowGroup) -> None:
@@ -153,24 +183,21 @@ class LayerRuntime:
             whole.state[_START] = [starts[r] for r in whole.rows]
         crop_layer(raw.cache, raw.layer_idx, keep, starts)
 
-    def _call(self, raw: RawCall, phase: str, group: RowGroup) -> AttentionCall:
-        off = raw.total - raw.q.shape[2]
-        first, last = max(group.start - off, 0), max(group.stop - off, 0)
-        start, stop = (0, raw.k.shape[2]) if raw.kept else (group.start, group.stop)
-        whole = len(group.rows) == raw.q.shape[0]
-
-        def cut(x: Tensor, a: int, b: int, dim: int = 2) -> Tensor:
-            x = x if whole else x[list(group.rows)] if len(group.rows) > 1 else x[group.rows[0] : group.rows[0] + 1]
-            return x if (a, b) == (0, x.shape[dim]) else x.narrow(dim, a, max(b - a, 0))
-
+    def _call(self, raw: RawCall, phase: str, group: RowGroup, kept: SinkWindow | None) -> AttentionCall:
+        q, k, v, hidden = raw.q, raw.k, raw.v, raw.hidden
         queries = raw.queries if "queries" in self.needs else None
+        keys = k.shape[2]
+        start, stop = (0, keys) if kept else (group.start, group.stop)
+        if len(group.rows) != q.shape[0] or start or stop != keys or group.start or group.stop != raw.total:
+            off = raw.total - q.shape[2]
+            first, last = max(group.start - off, 0), max(group.stop - off, 0)
+            q, k, v = _cut(q, group, first, last), _cut(k, group, start, stop), _cut(v, group, start, stop)
+            hidden = None if hidden is None else _cut(hidden, group, first, last, 1)
+            queries = None if queries is None else _cut(queries, group, first, last, 1)
         return AttentionCall(
-            layer=self.layer, num_layers=self.num_layers, phase=phase,
-            q=cut(raw.q, first, last), k=cut(raw.k, start, stop), v=cut(raw.v, start, stop),
+            layer=self.layer, num_layers=self.num_layers, phase=phase, q=q, k=k, v=v,
             scale=raw.scale, softcap=raw.softcap, sinks=raw.sinks, rows=group.rows,
-            dropped=group.stop - group.start - (stop - start),
-            hidden=None if raw.hidden is None else cut(raw.hidden, first, last, 1), module=raw.module,
-            queries=None if queries is None else cut(queries, first, last, 1),
+            dropped=group.stop - group.start - (stop - start), hidden=hidden, module=raw.module, queries=queries,
             spans=self.spans and self._spans_of(group.rows, raw.q.shape[0]),
         )  # fmt: skip
 
@@ -181,20 +208,18 @@ class LayerRuntime:
             raise InputError(f"Spans are given for {counts} rows, the batch has {batch}.")
         return {name: [places[r * len(places) // batch] for r in rows] for name, places in self.spans.items()}
 
-    def _routed(self, call: AttentionCall, methods: list[Method]) -> list[tuple[AttentionCall, list[Method]]]:
-        router = next((m for m in methods if "route" in m.points()), None)
-        if router is None:
-            return [(call, methods)]
-        others = [m for m in methods if m is not router]
-        by_choice: dict[int, tuple[Method | None, list[int]]] = {}
+    @staticmethod
+    def _routed(call: AttentionCall, router: Method) -> list[tuple[AttentionCall, Method | None]]:
+        by_choice: dict[Method | None, list[int]] = {}
         for row, child in enumerate(router.route(call)):
-            by_choice.setdefault(id(child), (child, []))[1].append(row)
-        return [(call.take(rows), [*others, child] if child else others) for child, rows in by_choice.values()]
+            by_choice.setdefault(child, []).append(row)
+        return [(call.take(rows), child) for child, rows in by_choice.items()]
 
-    def _plan_one(self, call: AttentionCall, whole: AttentionCall, methods: list[Method], group: RowGroup) -> Plan:
+    @staticmethod
+    def _plan_one(call: AttentionCall, whole: AttentionCall, chain: Chain, group: RowGroup) -> Plan:
         selection: Selection | None = None
         columns: list[Columns] = []
-        for m in methods:
+        for m in chain.planners:
             points = m.points()
             if "select" in points:
                 selection = intersect(selection, m.select(call))
@@ -202,7 +227,7 @@ class LayerRuntime:
                 call.bias = bias if call.bias is None else call.bias + bias
             if "regroup" in points:
                 columns.extend(m.regroup(call))
-        return Plan(call, whole, methods, group, selection, columns)
+        return Plan(call, whole, chain, group, selection, columns)
 
     def _execute(self, raw: RawCall, plans: list[Plan], stats: PhaseStats) -> Tensor:
         b, hq, lq, _ = raw.q.shape
@@ -212,13 +237,19 @@ class LayerRuntime:
             call = plan.call
             done = attend(
                 call.q, call.k, call.v, selection=plan.selection, scale=call.scale, softcap=call.softcap,
-                sinks=call.sinks, bias=call.bias, executor=self._executor(plan.methods),
+                sinks=call.sinks, bias=call.bias, executor=plan.chain.executor,
             )  # fmt: skip
-            attended = call.layout.visible if plan.selection is None else plan.selection.attended(call.layout)
-            stats.add(attended, call.visible, done.executor)
-            out, call.lse, call.selection = done.out, done.lse, plan.selection
+            visible = call.visible
+            if plan.selection is not None:
+                attended: int | Tensor = plan.selection.attended(call.layout)
+            else:
+                attended = call.layout.visible if call.dropped else visible
+            stats.add(attended, visible, done.executor)
+            out, lse, looks = done.out, done.lse, bool(plan.chain.outputs or plan.chain.observers)
             if plan.columns:
-                out, call.lse = regroup(call, out, done.lse, plan.columns, plan.selection)
+                out, lse = regroup(call, out, lse, plan.columns, plan.selection, with_lse=looks)
+            if looks:
+                call.lse, call.selection = lse, plan.selection
             out = self._finish(plan, out)
             if result is None:
                 return out
@@ -227,17 +258,11 @@ class LayerRuntime:
         return result
 
     @staticmethod
-    def _executor(methods: list[Method]) -> str | None:
-        return next((m.config.executor for m in methods if m.config.executor), None)
-
-    @staticmethod
     def _finish(plan: Plan, out: Tensor) -> Tensor:
-        for m in plan.methods:
-            if "output" in m.points():
-                out = m.output(plan.call, out)
-        for m in plan.methods:
-            if "observe" in m.points():
-                m.observe(plan.call, out, plan.call.lse)
+        for m in plan.chain.outputs:
+            out = m.output(plan.call, out)
+        for m in plan.chain.observers:
+            m.observe(plan.call, out, plan.call.lse)
         return out
 
     def _apply_outputs(self, raw: RawCall, plans: list[Plan], out: Tensor) -> Tensor:
@@ -259,3 +284,11 @@ class LayerRuntime:
     def _place(self, raw: RawCall, plan: Plan, result: Tensor, out: Tensor) -> None:
         rows, a, z = self._span(raw, plan)
         result[rows, a:z] = out
+
+
+def _cut(x: Tensor, group: RowGroup, start: int, stop: int, dim: int = 2) -> Tensor:
+    """The rows of `group` and positions `start..stop` of `x`."""
+    rows = group.rows
+    if len(rows) != x.shape[0]:
+        x = x[list(rows)] if len(rows) > 1 else x[rows[0] : rows[0] + 1]
+    return x if (start, stop) == (0, x.shape[dim]) else x.narrow(dim, start, max(stop - start, 0))

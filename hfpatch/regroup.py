@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,12 @@ class Columns:
     keys: Tensor | slice
     factor: Factor
     positive: bool = False
+
+    @cached_property
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        """`1 / (factor - 1)` of a factor `[Hq]`, as `[Hq, 1]`, and a one of its kind."""
+        assert isinstance(self.factor, Tensor)
+        return (self.factor - 1).reciprocal()[:, None], self.factor.new_ones(())
 
     def indices(self, device: torch.device) -> Tensor:
         """The columns as a tensor `[n]`."""
@@ -54,7 +61,12 @@ def column_weights(call: AttentionCall, keys: Tensor | slice, lse: Tensor, selec
 
 
 def regroup(
-    call: AttentionCall, out: Tensor, lse: Tensor, groups: list[Columns], selection: Selection | None
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    groups: list[Columns],
+    selection: Selection | None,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Multiply the softmax weights of each column group by its factor and renormalise, one group after the other.
 
@@ -62,10 +74,12 @@ def regroup(
     weights the earlier ones left. With weights w and factors f on columns C:
     out' = (out + sum_C (f - 1) w v) / (1 + sum_C (f - 1) w).
     Queries left with so little of their weight that the difference loses digits are computed again from all keys;
-    one left with nothing gets out 0, lse -inf.
+    one left with nothing gets out 0, lse -inf. Without `with_lse` the lse given back may be the old one.
     """
-    if len(groups) == 1 and call.Lq == 1 and (fast := _first_key(call, out, lse, groups[0], selection)) is not None:
-        return fast
+    if len(groups) == 1 and call.Lq == 1 and groups[0].positive:
+        fast = _first_key(call, out, lse, groups[0], selection, with_lse)
+        if fast is not None:
+            return fast
     total = out.to(lse.dtype)
     done: list[tuple[Tensor, Tensor]] = []
     left: Tensor | None = None
@@ -90,26 +104,30 @@ def regroup(
 
 
 def _first_key(
-    call: AttentionCall, out: Tensor, lse: Tensor, group: Columns, selection: Selection | None
+    call: AttentionCall, out: Tensor, lse: Tensor, group: Columns, selection: Selection | None, with_lse: bool
 ) -> tuple[Tensor, Tensor] | None:
     """`regroup` of the first key by a positive factor per head, for one query on dense attention; None for others.
 
-    The same sums in fewer steps: at one query the steps cost more than the arithmetic.
+    With w = exp(logit - lse) the key's share of the result is (f - 1) w / (1 + (f - 1) w), here written as
+    1 / (1 + exp(lse - logit) / (f - 1)): at one query the number of steps costs more than the arithmetic.
     """
     factor = group.factor
-    plain = selection is None and group.positive and call.softcap is None and call.bias is None
-    if not plain or group.keys != slice(0, 1) or not isinstance(factor, Tensor) or factor.dim() != 1:
+    plain = selection is None and call.softcap is None and call.bias is None and group.keys == slice(0, 1)
+    if not plain or not isinstance(factor, Tensor) or factor.dim() != 1 or factor.requires_grad or lse.requires_grad:
         return None
-    heads, dtype = (call.Hkv, call.groups), lse.dtype
-    q, k, v = (call.q, call.k[:, :, :1], call.v[:, :, :1]) if call.q.dtype == dtype else (
-        t.to(dtype) for t in (call.q, call.k[:, :, :1], call.v[:, :, :1])
-    )  # fmt: skip
-    logits = (q.reshape(-1, *heads, q.shape[-1]) @ k.mT).reshape(lse.shape)
-    extra = (factor - 1)[:, None] * torch.sub(logits, lse, alpha=1 / call.scale).mul_(call.scale).exp_()
-    norm = extra + 1
-    share = (extra / norm).reshape(-1, *heads, 1)
-    total = torch.lerp(out.to(dtype).reshape(-1, *heads, v.shape[-1]), v, share).reshape(out.shape)
-    return total.to(out.dtype), lse + norm.log()
+    (b, hq, _, d), (_, hkv, _, dv), dtype = call.q.shape, call.v.shape, lse.dtype
+    n, g = b * hkv, hq // hkv
+    q, k, v, o = call.q, call.k.select(2, 0), call.v.select(2, 0), out
+    if q.dtype != dtype:
+        q, k, v, o = q.to(dtype), k.to(dtype), v.to(dtype), o.to(dtype)
+    power = torch.baddbmm(lse.view(n, g, 1), q.reshape(n, g, d), k.reshape(n, d, 1), alpha=-call.scale).exp_()
+    inverse, one = group.inverse
+    total = torch.addcmul(one, power.view(b, hq, 1), inverse)
+    share = total.reciprocal_().view(n, g, 1)
+    moved = torch.lerp(o.view(n, g, dv), v.reshape(n, 1, dv), share).view(b, 1, hq, dv)
+    if with_lse:
+        lse = lse + (power.view(b, hq, 1) * inverse).reciprocal_().log1p_()
+    return moved if moved.dtype == out.dtype else moved.to(out.dtype), lse
 
 
 def _from_all_keys(

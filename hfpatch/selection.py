@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def pairs(b: int, hq: int, lq: int, lk: int) -> int:
+    """(row, head, query, key) pairs of causal attention of the last `lq` of `lk` positions."""
+    return b * hq * (lq * (lk - lq) + lq * (lq + 1) // 2)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes of one call: what a selection needs to know to be written out."""
@@ -31,7 +36,7 @@ class Layout:
     @property
     def visible(self) -> int:
         """(row, head, query, key) pairs dense causal attention looks at."""
-        return self.B * self.Hq * (self.Lq * self.off + self.Lq * (self.Lq + 1) // 2)
+        return pairs(self.B, self.Hq, self.Lq, self.Lk)
 
     def positions(self, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Query positions `[Lq, 1]` and key positions `[1, n]`, all keys unless `keys [n]` are named."""

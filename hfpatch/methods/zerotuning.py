@@ -77,7 +77,7 @@ class ZeroTuning(Method):
         self.gamma = (tensors or {}).get("gamma")
         if self.gamma is not None and (self.gamma.dim() not in (1, 2) or not bool((self.gamma >= LEAST).all())):
             raise ConfigError(f"zerotuning: the tensor gamma must be [heads] or [layers, heads], all {LEAST} or more.")
-        self._factors: dict[tuple[int, torch.device], Tensor | None] = {}
+        self._columns: dict[tuple[int, torch.device], list[Columns]] = {}
         self._masses: dict[int, Tensor] = {}
 
     def pick(self, layers: list[int]) -> list[int]:
@@ -109,16 +109,12 @@ class ZeroTuning(Method):
     def regroup(self, call: AttentionCall) -> list[Columns]:
         if call.layer not in self._masses and call.phase == "prefill" and call.Lq >= ENOUGH_TOKENS:
             self._masses[call.layer] = initial_weight(call).mean()
-        factor = self._factor(call)
-        return [] if factor is None else [Columns(slice(0, 1), factor, positive=True)]
-
-    def _factor(self, call: AttentionCall) -> Tensor | None:
-        """`[Hq]` on the call's device, None where every factor is 1."""
         key = (call.layer, call.q.device)
-        if key not in self._factors:
+        if key not in self._columns:
             factor = self._head_factors(call.layer, call.Hq)
-            self._factors[key] = factor.to(call.q.device) if bool((factor != 1).any()) else None
-        return self._factors[key]
+            changes = bool((factor != 1).any())
+            self._columns[key] = [Columns(slice(0, 1), factor.to(call.q.device), positive=True)] if changes else []
+        return self._columns[key]
 
     def _head_factors(self, layer: int, heads: int) -> Tensor:
         s = self.settings
@@ -137,7 +133,7 @@ class ZeroTuning(Method):
 
     def notes(self) -> list[str]:
         notes = []
-        if self._factors and all(f is None for f in self._factors.values()):
+        if self._columns and not any(self._columns.values()):
             notes.append("zerotuning: gamma is 1 for every head, which changes nothing; calibrate it or set it")
         if (mass := self.sink_mass) is not None and mass < NO_SINK:
             notes.append(

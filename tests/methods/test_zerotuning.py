@@ -17,7 +17,7 @@ from hfpatch import PatchConfig, patched
 from hfpatch.methods.streaming import StreamingConfig
 from hfpatch.methods.zerotuning import ZeroTuningConfig, third_of
 from hfpatch.ops import attend
-from hfpatch.pipeline import LayerRuntime
+from hfpatch.pipeline import Chain, LayerRuntime
 from hfpatch.regroup import Columns, regroup
 
 GAMMA = 3.0
@@ -40,10 +40,10 @@ def watched(monkeypatch: pytest.MonkeyPatch, starts: list[int]) -> Iterator[list
         raw.v[..., -1] = 0
         for row, start in enumerate(starts):
             raw.v[row, :, start, -1] = 1
-        acting = self._acting
-        self._acting = {p: [m for m in ms if m.name != "zerotuning"] for p, ms in acting.items()}
+        chains = self._chains
+        self._chains = {p: Chain([m for m in c.methods if m.name != "zerotuning"]) for p, c in chains.items()}
         before = run(self, raw)[0][..., -1]
-        self._acting = acting
+        self._chains = chains
         out, weights = run(self, raw)
         seen.append((before, out[..., -1]))
         return out, weights
