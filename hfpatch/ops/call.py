@@ -72,10 +72,11 @@ def check(
     bias: Tensor | None,
 ) -> Problem:
     """Raise `ExecutorError` on shapes that do not fit together, else return the `Problem`."""
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+    sizes = q.shape, k.shape, v.shape
+    if not (len(sizes[0]) == len(sizes[1]) == len(sizes[2]) == 4):
         raise ExecutorError("attend() takes q, k and v of shape [batch, heads, length, head_dim].")
-    (b, hq, lq, d), (hkv, lk) = q.shape, k.shape[1:3]
-    if k.shape != (b, hkv, lk, d) or v.shape[:3] != (b, hkv, lk):
+    (b, hq, lq, d), (_, hkv, lk, _), _ = sizes
+    if sizes[1] != (b, hkv, lk, d) or sizes[2][:3] != (b, hkv, lk):
         raise ExecutorError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together.")
     if hkv == 0 or hq % hkv:
         raise ExecutorError(f"{hq} query heads cannot share {hkv} key-value heads evenly.")
