@@ -22,7 +22,8 @@ class AttentionCall:
     for methods whose `needs` name "queries". `rows` are the batch rows served; `state` survives from prefill to
     decode and dies with the cache. `spans` are the places named by `Patch.spans`, per row `(start, stop)` in its real
     tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`). From `output` on,
-    `selection` is what the call ran with and `lse [B, Hq, Lq]` its log-sum-exp, None if the model's own attention ran.
+    `selection` is what the call ran with and `lse [B, Hq, Lq]` its log-sum-exp; it may be None after dense attention
+    unless a method's `needs` name "lse".
     """
 
     layer: int
@@ -93,8 +94,8 @@ class AttentionCall:
     @property
     def visible(self) -> int:
         """(row, head, query, key) pairs dense attention would look at, dropped keys included."""
-        (b, hq, lq, _), lk = self.q.shape, self.k.shape[2] + self.dropped
-        return pairs(b, hq, lq, lk)
+        b, hq, lq, _ = self.q.shape
+        return pairs(b, hq, lq, self.k.shape[2] + self.dropped)
 
     @cached_property
     def q_pos(self) -> Tensor:

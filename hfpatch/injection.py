@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from .cache_crop import kept_by, open_layer
@@ -375,6 +376,8 @@ class RawCall:
     def groups(self) -> list[RowGroup] | str:
         """Rows by the range of their real tokens, or the reason why the mask cannot be read so."""
         mask = self.mask
+        if mask is None:
+            return [RowGroup(tuple(range(self.q.shape[0])), 0, self.total)]
         if isinstance(mask, Tensor) and mask.shape[0] == 1 < self.q.shape[0]:
             mask = mask.expand(self.q.shape[0], *mask.shape[1:])
         return row_groups(mask, self.q.shape[0], self.q.shape[2], self.total, id(self.module))
@@ -386,10 +389,14 @@ class RawCall:
 
 def _cache_length(cache: Any, layer_idx: int | None, key: Tensor) -> int | None:
     """Tokens a cache has seen: asked of this layer, else of an earlier one, else of the layer that holds `key`."""
+    layers = getattr(cache, "layers", ())
+    own = layers[layer_idx] if layer_idx is not None and layer_idx < len(layers) else None
+    if own.__class__ is DynamicLayer and own.keys is key:
+        return int(key.shape[2])  # as its get_seq_length has it
     found = None if layer_idx is None else _length_at(cache, layer_idx)
     if found is not None:
         return found
-    holders = (n for n, x in enumerate(getattr(cache, "layers", ())) if getattr(x, "keys", None) is key)
+    holders = (n for n, x in enumerate(layers) if getattr(x, "keys", None) is key)
     for index in chain(() if layer_idx is None else range(layer_idx - 1, -1, -1), holders):
         if (found := _length_at(cache, index)) is not None:
             return found

@@ -13,6 +13,7 @@ from .call import AttentionCall, Span
 from .errors import CacheError, InputError
 from .injection import RawCall, is_compiling
 from .method import Method
+from .one_query import beats_sdpa, one_query, serves
 from .ops import attend
 from .padding import RowGroup
 from .regroup import Columns, regroup
@@ -33,6 +34,7 @@ class Chain:
         self.observers = [m for m in methods if "observe" in m.points()]
         self.stateful = any(m.stateful for m in methods)
         self.needs_lse = any("lse" in m.needs for m in methods)
+        self.executor = next((m.config.executor for m in methods if m.config.executor), None)
         self._routed: dict[Method | None, Chain] = {}
 
     def routed(self, child: Method | None) -> "Chain":
@@ -41,14 +43,6 @@ class Chain:
             others = [m for m in self.methods if m is not self.router]
             self._routed[child] = Chain([*others, child] if child else others)
         return self._routed[child]
-
-    @property
-    def executor(self) -> str | None:
-        """The executor one of the methods asks for."""
-        for m in self.methods:
-            if m.config.executor:
-                return m.config.executor
-        return None
 
 
 @dataclass(eq=False)
@@ -66,6 +60,12 @@ class Plan:
     def needs_lse(self) -> bool:
         """Whether the base implementation, which gives no lse, is not enough."""
         return bool(self.selection is not None or self.columns or self.call.bias is not None or self.chain.needs_lse)
+
+    @property
+    def fits_one_query(self) -> bool:
+        """Whether nothing asks for more than the output of dense attention, or for another executor."""
+        chain = self.chain
+        return self.selection is None and not chain.needs_lse and chain.executor in (None, "torch")
 
 
 class LayerRuntime:
@@ -104,7 +104,7 @@ class LayerRuntime:
         plans = self._plan(raw, phase, chain, groups, kept)
         stats = self._stats(phase)
         stats.calls += 1
-        if any(p.needs_lse for p in plans):
+        if any(p.needs_lse for p in plans) or (phase == "decode" and _beats_base(raw, plans)):
             out, weights = self._execute(raw, plans, stats), None
         else:
             if kept:  # all that is left is visible, and the mask speaks of the whole cache
@@ -143,7 +143,8 @@ class LayerRuntime:
             call = self._call(raw, phase, group, kept)
             if call.Lq == 0:
                 continue
-            split_states(states, group.rows)
+            if states:
+                split_states(states, group.rows)
             call.states = states
             if kept:
                 self._check_kept(raw, call, group)
@@ -234,28 +235,35 @@ class LayerRuntime:
         single = len(plans) == 1 and b == plans[0].call.B and plans[0].call.Lq == lq
         result = None if single else raw.q.new_zeros(b, lq, hq, raw.v.shape[-1])
         for plan in plans:
-            call = plan.call
-            done = attend(
-                call.q, call.k, call.v, selection=plan.selection, scale=call.scale, softcap=call.softcap,
-                sinks=call.sinks, bias=call.bias, executor=plan.chain.executor,
-            )  # fmt: skip
-            visible = call.visible
-            if plan.selection is not None:
-                attended: int | Tensor = plan.selection.attended(call.layout)
-            else:
-                attended = call.layout.visible if call.dropped else visible
-            stats.add(attended, visible, done.executor)
-            out, lse, looks = done.out, done.lse, bool(plan.chain.outputs or plan.chain.observers)
-            if plan.columns:
-                out, lse = regroup(call, out, lse, plan.columns, plan.selection, with_lse=looks)
-            if looks:
-                call.lse, call.selection = lse, plan.selection
-            out = self._finish(plan, out)
+            out = self._finish(plan, self._attend(plan, stats))
             if result is None:
                 return out
             self._place(raw, plan, result, out)
         assert result is not None
         return result
+
+    @staticmethod
+    def _attend(plan: Plan, stats: PhaseStats) -> Tensor:
+        call, chain, visible = plan.call, plan.chain, plan.call.visible
+        attended: int | Tensor = visible
+        if plan.selection is not None:
+            attended = plan.selection.attended(call.layout)
+        elif call.dropped:
+            attended = call.layout.visible
+        if plan.fits_one_query and serves(call, plan.columns):
+            stats.add(attended, visible, "torch")
+            return one_query(call, plan.columns)
+        done = attend(
+            call.q, call.k, call.v, selection=plan.selection, scale=call.scale, softcap=call.softcap,
+            sinks=call.sinks, bias=call.bias, executor=chain.executor,
+        )  # fmt: skip
+        stats.add(attended, visible, done.executor)
+        out, lse, looks = done.out, done.lse, bool(chain.outputs or chain.observers)
+        if plan.columns:
+            out, lse = regroup(call, out, lse, plan.columns, plan.selection, with_lse=looks)
+        if looks:
+            call.lse, call.selection = lse, plan.selection
+        return out
 
     @staticmethod
     def _finish(plan: Plan, out: Tensor) -> Tensor:
@@ -284,6 +292,13 @@ class LayerRuntime:
     def _place(self, raw: RawCall, plan: Plan, result: Tensor, out: Tensor) -> None:
         rows, a, z = self._span(raw, plan)
         result[rows, a:z] = out
+
+
+def _beats_base(raw: RawCall, plans: list[Plan]) -> bool:
+    """Whether a decode step that could run on the base attention is faster without it."""
+    if len(plans) != 1 or not plans[0].fits_one_query or raw.base_name != "sdpa":
+        return False
+    return beats_sdpa(plans[0].call)
 
 
 def _cut(x: Tensor, group: RowGroup, start: int, stop: int, dim: int = 2) -> Tensor:

@@ -12,6 +12,7 @@ from .selection import Causal, Selection
 
 CANCELLING = 0.3
 CHUNK_ELEMENTS = 1 << 22
+LOG_SPARE = 1024
 Factor = float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -33,6 +34,26 @@ class Columns:
         """`1 / (factor - 1)` of a factor `[Hq]`, as `[Hq, 1]`, and a one of its kind."""
         assert isinstance(self.factor, Tensor)
         return (self.factor - 1).reciprocal()[:, None], self.factor.new_ones(())
+
+    def log(self, length: int) -> Tensor:
+        """The log of a factor `[Hq]` on key 0 as a bias `[Hq, length]`, `[1, length]` where all are equal."""
+        cut: Tensor | None = self.__dict__.get("_cut")  # all layers of a step ask for the same length
+        if cut is None or cut.shape[1] != length:
+            made: Tensor | None = self.__dict__.get("_log")
+            if made is None or made.shape[1] < length:
+                assert isinstance(self.factor, Tensor)
+                factor = self.factor if bool((self.factor != self.factor[0]).any()) else self.factor[:1]
+                made = torch.zeros(len(factor), length + LOG_SPARE, device=factor.device)
+                made[:, 0] = factor.log()
+            cut = made.narrow(1, 0, length)
+            self.__dict__.update(_log=made, _cut=cut)
+        return cut
+
+    @cached_property
+    def first(self) -> bool:
+        """Whether this is a positive factor per head, a constant, on the first key."""
+        fixed = isinstance(self.factor, Tensor) and self.factor.dim() == 1 and not self.factor.requires_grad
+        return fixed and self.positive and self.keys == slice(0, 1)
 
     def indices(self, device: torch.device) -> Tensor:
         """The columns as a tensor `[n]`."""
@@ -111,9 +132,8 @@ def _first_key(
     With w = exp(logit - lse) the key's share of the result is (f - 1) w / (1 + (f - 1) w), here written as
     1 / (1 + exp(lse - logit) / (f - 1)): at one query the number of steps costs more than the arithmetic.
     """
-    factor = group.factor
-    plain = selection is None and call.softcap is None and call.bias is None and group.keys == slice(0, 1)
-    if not plain or not isinstance(factor, Tensor) or factor.dim() != 1 or factor.requires_grad or lse.requires_grad:
+    plain = selection is None and call.softcap is None and call.bias is None
+    if not plain or not group.first or lse.requires_grad:
         return None
     (b, hq, _, d), (_, hkv, _, dv), dtype = call.q.shape, call.v.shape, lse.dtype
     n, g = b * hkv, hq // hkv

@@ -77,7 +77,8 @@ class ZeroTuning(Method):
         self.gamma = (tensors or {}).get("gamma")
         if self.gamma is not None and (self.gamma.dim() not in (1, 2) or not bool((self.gamma >= LEAST).all())):
             raise ConfigError(f"zerotuning: the tensor gamma must be [heads] or [layers, heads], all {LEAST} or more.")
-        self._columns: dict[tuple[int, torch.device], list[Columns]] = {}
+        self._by_layer = self.gamma is not None and self.gamma.dim() == 2
+        self._columns: dict[tuple[int | None, torch.device], list[Columns]] = {}
         self._masses: dict[int, Tensor] = {}
 
     def pick(self, layers: list[int]) -> list[int]:
@@ -109,7 +110,7 @@ class ZeroTuning(Method):
     def regroup(self, call: AttentionCall) -> list[Columns]:
         if call.layer not in self._masses and call.phase == "prefill" and call.Lq >= ENOUGH_TOKENS:
             self._masses[call.layer] = initial_weight(call).mean()
-        key = (call.layer, call.q.device)
+        key = (call.layer if self._by_layer else None, call.q.device)
         if key not in self._columns:
             factor = self._head_factors(call.layer, call.Hq)
             changes = bool((factor != 1).any())
