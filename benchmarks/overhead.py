@@ -1,5 +1,7 @@
 """What patches cost per decoded token where they save nothing: they and the unpatched model take turns on one cache.
 
+A turn is some tokens long, since patching for every token would also measure what a fresh patch works out once.
+
 python benchmarks/overhead.py --length 16384 --tokens 400
 python benchmarks/overhead.py --length 8192 --patch dense --patch zerotuning:gamma=2.0 --patch gated
 """
@@ -18,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--run", type=int, default=5, help="tokens in a row under one patch, after one to warm up")
     parser.add_argument("--patch", action="append", help="method:setting=value,...; repeatable; dense by default")
     args = parser.parse_args()
     model, _ = load()
@@ -26,12 +29,15 @@ def main() -> None:
     times: dict[str, list[float]] = {v.name: [] for v in variants}
     with torch.inference_mode():
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        for n in range(args.tokens):
-            for variant in variants if n % 2 else variants[::-1]:
+        for n in range(args.tokens // args.run):
+            turn = n % len(variants)
+            for variant in (variants[turn:] + variants[:turn])[:: -1 if n % 2 else 1]:
                 with variant.applied(model):
-                    start = time.perf_counter()
                     model(ids[:, :1], past_key_values=cache)
-                    times[variant.name].append(time.perf_counter() - start)
+                    for _ in range(args.run):
+                        start = time.perf_counter()
+                        model(ids[:, :1], past_key_values=cache)
+                        times[variant.name].append(time.perf_counter() - start)
     base = statistics.median(times[variants[0].name])
     for n, (name, found) in enumerate(times.items()):
         low, middle, high = (1e3 * t for t in statistics.quantiles(found, n=4))
