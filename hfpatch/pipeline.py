@@ -104,7 +104,7 @@ class LayerRuntime:
         plans = self._plan(raw, phase, chain, groups, kept)
         stats = self._stats(phase)
         stats.calls += 1
-        if any(p.needs_lse for p in plans) or (phase == "decode" and _beats_base(raw, plans)):
+        if _leaves_base(raw, plans):
             out, weights = self._execute(raw, plans, stats), None
         else:
             if kept:  # all that is left is visible, and the mask speaks of the whole cache
@@ -294,11 +294,14 @@ class LayerRuntime:
         result[rows, a:z] = out
 
 
-def _beats_base(raw: RawCall, plans: list[Plan]) -> bool:
-    """Whether a decode step that could run on the base attention is faster without it."""
-    if len(plans) != 1 or not plans[0].fits_one_query or raw.base_name != "sdpa":
+def _leaves_base(raw: RawCall, plans: list[Plan]) -> bool:
+    """Whether the base attention cannot serve the plans, or a decode step is faster without it."""
+    for p in plans:
+        if p.needs_lse:
+            return True
+    if len(plans) != 1 or raw.q.shape[2] != 1 or not plans[0].fits_one_query:
         return False
-    return beats_sdpa(plans[0].call)
+    return raw.base_name == "sdpa" and beats_sdpa(plans[0].call)
 
 
 def _cut(x: Tensor, group: RowGroup, start: int, stop: int, dim: int = 2) -> Tensor:

@@ -103,22 +103,22 @@ class Gated(Method):
             return out * gate["constant"][:, None]
         if call.hidden is None:
             raise UnsupportedModelError("gated: the attention module was called without hidden states.")
-        score = F.linear(call.hidden, gate["weight"], gate.get("bias")).sigmoid_().view(*out.shape[:3], -1)
-        return torch.addcmul(gate["zero"], out, score, value=2) if self.settings.form == "double" else out * score
+        score = F.linear(call.hidden, gate["weight"], gate.get("bias")).sigmoid_()
+        if self.settings.form == "double":
+            score = score + score
+        return out * score.view(*out.shape[:3], -1)
 
     def _gate(self, call: AttentionCall, out: Tensor) -> dict[str, Tensor]:
         """The layer's tensors on the call's device and in its dtype; made when there are none."""
         if call.layer not in self.gates:
             self.gates[call.layer] = self._new(call, out.shape[-1])
         gate = self.gates[call.layer]
+        for t in gate.values():
+            if t.requires_grad:
+                return {name: t.to(out.device, out.dtype) for name, t in gate.items()}
         key = (call.layer, out.device, out.dtype)
-        learning = any(t.requires_grad for t in gate.values())
-        if learning or key not in self._moved:
-            moved = {name: t.to(out.device, out.dtype) for name, t in gate.items()}
-            moved["zero"] = out.new_zeros(())
-            if learning:
-                return moved
-            self._moved[key] = moved
+        if key not in self._moved:
+            self._moved[key] = {name: t.to(out.device, out.dtype) for name, t in gate.items()}
         return self._moved[key]
 
     def _new(self, call: AttentionCall, channels: int) -> dict[str, Tensor]:
