@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from ..api import patched
 from ..call import AttentionCall
-from ..dhsa.labels import mass_ratio, targets
+from ..dhsa.labels import mass_ratio, sentence_starts, targets
 from ..dhsa.predictor import BoundaryPredictor
 from ..errors import ConfigError
 from ..methods.dhsa import Dhsa, DhsaConfig
@@ -23,17 +24,21 @@ from ..selection import Selection
 
 STATE_FILE = "training.pt"
 GRID = torch.arange(-30, 31) / 10
+LABELS = ("sentences", "mass")
 Advance = Callable[[], None]
+Sample = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train: texts of `length` tokens, `validation` share of them kept aside, every layer in every step.
 
-    Labels (attention-mass ratio >= beta), focal loss (gamma, positive_weight) and Adam are the paper's code's; its
-    learning rate of 1e-4 is for 10,000 texts, a few hundred want more.
+    `labels` are where sentences and lines begin, or ("mass") where the attention-mass ratio is at least beta, the
+    paper's. Focal loss (gamma, positive_weight) and Adam are the paper's code's; its learning rate of 1e-4 is for
+    10,000 texts, a few hundred want more.
     """
 
+    labels: str = "sentences"
     length: int = 2048
     epochs: int = 2
     rate: float = 1e-3
@@ -106,6 +111,8 @@ def calibrate_dhsa(
     `PatchConfig.from_pretrained(out)`, or "dhsa" with boundaries="predictor" and predictor=out. Raises ConfigError.
     """
     r, out = recipe or Recipe(), Path(out)
+    if r.labels not in LABELS:
+        raise ConfigError(f"There are no labels {r.labels!r}; choose one of {', '.join(LABELS)}.")
     samples = _tokenise(tokenizer, texts, r, next(model.parameters()).device)
     aside = max(1, round(len(samples) * r.validation))
     training, validation = samples[aside:], samples[:aside]
@@ -113,9 +120,9 @@ def calibrate_dhsa(
         raise ConfigError(f"{len(samples)} of the texts have {8 * r.window} tokens or more; give at least two.")
     run = _Run(model, r, layers, out)
     done = run.load(len(training)) if resume else 0
-    for step, ids in enumerate(_schedule(training, r)):
+    for step, sample in enumerate(_schedule(training, r)):
         if step >= done:
-            run.step(ids)
+            run.step(sample)
             if (step + 1) % r.save_every == 0:
                 run.save(step + 1, len(training))
         if advance is not None:
@@ -129,12 +136,25 @@ def calibrate_dhsa(
     return quality
 
 
-def _tokenise(tokenizer: Any, texts: Sequence[str], r: Recipe, device: torch.device) -> list[Tensor]:
-    found = [tokenizer(t, return_tensors="pt", truncation=True, max_length=r.length).input_ids for t in texts]
-    return [ids.to(device) for ids in found if ids.shape[1] >= 8 * r.window]
+def _tokenise(tokenizer: Any, texts: Sequence[str], r: Recipe, device: torch.device) -> list[Sample]:
+    """Token ids `[1, L]` of the texts and, unless the model's attention makes them, their labels `[L]`."""
+    asked: dict[str, Any] = {"return_tensors": "pt", "truncation": True, "max_length": r.length}
+    if r.labels == "sentences":
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError("This tokenizer does not say where its tokens stand in the text; use labels 'mass'.")
+        asked["return_offsets_mapping"] = True
+    found: list[Sample] = []
+    for text in texts:
+        made = tokenizer(text, **asked)
+        if made.input_ids.shape[1] >= 8 * r.window:
+            wanted = None
+            if r.labels == "sentences":
+                wanted = sentence_starts(text, made.offset_mapping[0, :, 0].tolist()).to(device)
+            found.append((made.input_ids.to(device), wanted))
+    return found
 
 
-def _schedule(samples: list[Tensor], r: Recipe) -> Iterator[Tensor]:
+def _schedule(samples: list[Sample], r: Recipe) -> Iterator[Sample]:
     """The samples of all epochs, each in an order of its own; the same in a resumed run."""
     for epoch in range(r.epochs):
         order = list(range(len(samples)))
@@ -170,26 +190,27 @@ class _Run:
             made.load_state_dict(self._restored["predictor"])
             self._optimizer.load_state_dict(self._restored["optimizer"])
 
-    def step(self, ids: Tensor) -> None:
+    def step(self, sample: Sample) -> None:
         """One optimiser step on one text, the mean loss over all layers."""
         calls = 0
 
         def learn(call: AttentionCall) -> None:
             nonlocal calls
             calls += 1
-            loss = focal_loss(*self._logits_and_targets(call), self.recipe.gamma, self.recipe.positive_weight)
-            loss.backward()
+            pair = self._logits_and_targets(call, sample[1])
+            focal_loss(*pair, self.recipe.gamma, self.recipe.positive_weight).backward()
 
-        self._each_call(ids, learn, train=True)
+        self._each_call(sample[0], learn, train=True)
         for p in self.predictor.parameters():
             if p.grad is not None:
                 p.grad /= max(1, calls)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def _logits_and_targets(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        wanted = targets(mass_ratio(call, self.recipe.window), self.recipe.beta).to(torch.float32)
-        return self.predictor.score(call.k.detach()), wanted
+    def _logits_and_targets(self, call: AttentionCall, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        if wanted is None:
+            wanted = targets(mass_ratio(call, self.recipe.window), self.recipe.beta)[0].to(torch.float32)
+        return self.predictor.score(call.k.detach())[0], wanted
 
     def _each_call(self, ids: Tensor, use: Callable[[AttentionCall], None], *, train: bool) -> None:
         def seen(call: AttentionCall) -> None:
@@ -201,22 +222,22 @@ class _Run:
         layer_calls(self.model, ids, seen, self.layers)
 
     @torch.no_grad()
-    def validate(self, samples: list[Tensor]) -> Quality:
+    def validate(self, samples: list[Sample]) -> Quality:
         """Precision, recall and F1 over all layers of the texts kept aside."""
         counts = torch.zeros(3, len(GRID), dtype=torch.float64)
         total = 0
 
-        def count(call: AttentionCall) -> None:
+        def count(call: AttentionCall, wanted: Tensor | None) -> None:
             nonlocal total
-            logits, wanted = (t.cpu() for t in self._logits_and_targets(call))
-            valid = ~wanted.isnan() & logits.isfinite()
-            x, y = logits[valid], wanted[valid] > 0.5
+            logits, labels = (t.cpu() for t in self._logits_and_targets(call, wanted))
+            valid = ~labels.isnan() & logits.isfinite()
+            x, y = logits[valid], labels[valid] > 0.5
             found = x[None] > GRID[:, None]
             counts.add_(torch.stack([(found & y).sum(1), found.sum(1), y.sum().expand(len(GRID))]))
             total += len(x)
 
-        for ids in samples:
-            self._each_call(ids, count, train=False)
+        for ids, wanted in samples:
+            self._each_call(ids, partial(count, wanted=wanted), train=False)
         hit, found, real = counts
         precision, recall = hit / found.clamp_min(1), hit / real.clamp_min(1)
         f1 = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
@@ -282,6 +303,9 @@ def dhsa(
     text: Annotated[
         str, typer.Option(help="Text to learn from: grammar, prose, or the path of a text file.")
     ] = "prose",
+    labels: Annotated[
+        str, typer.Option(help="sentences (and lines), or mass: the paper's, from the model's own attention.")
+    ] = "sentences",
     texts: Annotated[int, typer.Option(help="Texts to draw; a tenth is kept aside for validation.")] = 200,
     length: Annotated[int, typer.Option(help="Tokens per text.")] = 2048,
     epochs: Annotated[int, typer.Option(help="Passes over the texts.")] = 2,
@@ -300,7 +324,7 @@ def dhsa(
 
     quieten()
     loaded = load_model(model, dtype, device)
-    recipe = Recipe(length=length, epochs=epochs, rate=rate, width=width or None, seed=seed)
+    recipe = Recipe(labels=labels, length=length, epochs=epochs, rate=rate, width=width or None, seed=seed)
     drawn = haystack_texts(text, texts, length, loaded.tokenizer, seed)
     steps = epochs * (texts - max(1, round(texts * recipe.validation)))
     with progress("boundary predictor", steps) as advance:

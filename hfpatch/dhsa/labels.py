@@ -1,4 +1,7 @@
-"""Training labels of the boundary predictor: where attention to the two sides of a position differs."""
+"""Training labels of the boundary predictor: where a sentence begins, or where attention to both sides differs."""
+
+import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -7,6 +10,18 @@ from ..call import AttentionCall
 
 EPS = 1e-6
 CHUNK_ELEMENTS = 1 << 22
+END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*(?=\s)|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d\uff09]*|\n+")
+
+
+def sentence_starts(text: str, starts: Sequence[int]) -> Tensor:
+    """Labels `[L]`: 1 at tokens that begin a sentence or a line, but the first; `starts` is where tokens begin.
+
+    Not the paper's labels: no attention is looked at, and all layers have the same.
+    """
+    begins, out = torch.tensor(starts), torch.zeros(len(starts) + 1)
+    cuts = torch.tensor([m.end() for m in END.finditer(text)], dtype=begins.dtype)
+    out[torch.searchsorted(begins, cuts)] = 1
+    return out[:-1]
 
 
 def mass_ratio(call: AttentionCall, w: int = 4, sliding: int | None = None) -> Tensor:

@@ -1,6 +1,8 @@
 """DHSA's predictor: labels against direct sums, windows, training, saving, refusals, drawing."""
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def texts(count: int, length: int = 63) -> list[str]:
     return [" ".join(map(str, row)) for row in torch.randint(8, zoo.VOCAB, (count, length)).tolist()]
 
 
-RECIPE = calibrate.Recipe(length=63, epochs=2, width=8, heads=2, hidden=16, save_every=3)
+RECIPE = calibrate.Recipe(labels="mass", length=63, epochs=2, width=8, heads=2, hidden=16, save_every=3)
 
 
 def test_training_saves_a_patch_that_loads(tmp_path: Path) -> None:
@@ -161,6 +163,29 @@ def test_an_interrupted_run_ends_where_it_would_have(tmp_path: Path) -> None:
     assert calibrate.calibrate_dhsa(model, Tokens(), data, tmp_path / "cut", RECIPE) == whole
     a, b = (load_predictor(tmp_path / name).state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_sentences_and_lines_begin_where_they_do() -> None:
+    parts = ['He said: "No, 3.14!" ', "Then he left. ", "Did he\n\n", "- yes\n", "\u662f\u3002", "so it goes"]
+    text = "".join(parts)
+    want = [sum(map(len, parts[:n])) for n in range(1, len(parts))]
+    by_character = labels.sentence_starts(text, range(len(text))).nonzero()[:, 0].tolist()
+    assert [n + (text[n] == " ") for n in by_character] == want
+    tokens = [m.span() for m in re.finditer(r" ?\w+|\S\n*|\s", text)]
+    found = labels.sentence_starts(text, [a for a, _ in tokens]).nonzero()[:, 0].tolist()
+    assert [text[slice(*tokens[n])].strip() for n in found] == ["Then", "Did", "-", "\u662f", "so"]
+
+
+def test_sentence_ends_are_learned_from_text(tmp_path: Path) -> None:
+    model, tokenizer = zoo.SUPPORTED["llama"].build(vocab_size=300), byte_tokenizer()
+    recipe = calibrate.Recipe(length=400, epochs=10, rate=5e-3, width=None, heads=2, hidden=32)
+    data = calibrate.haystack_texts("grammar", 20, 400, tokenizer)
+    quality = calibrate.calibrate_dhsa(model, tokenizer, data, tmp_path, recipe, layers=[0])
+    assert quality.f1 > 0.5 and quality.positives < 0.1, quality
+    with pytest.raises(ConfigError, match="does not say where its tokens stand"):
+        calibrate.calibrate_dhsa(model, Tokens(), data, tmp_path, recipe)
+    with pytest.raises(ConfigError, match="choose one of sentences, mass"):
+        calibrate.calibrate_dhsa(model, tokenizer, data, tmp_path, replace(recipe, labels="none"))
 
 
 def test_training_learns_what_keys_show() -> None:
