@@ -24,6 +24,7 @@ from ..selection import Causal, Rows, Selection
 from ._model import text_config
 
 KEY = "dhsa"
+LEAST_BLOCK, MOST_BLOCK = 16, 256
 
 
 @dataclass(kw_only=True)
@@ -34,7 +35,9 @@ class DhsaConfig(MethodConfig):
     budget: int | float = option(2048, "tokens every query block may see; below 1, that share of the keys", gt=0)
     sink: int = option(64, "first tokens, always visible, inside the budget", ge=0)
     local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
-    block_q: int = option(128, "queries that share one list of tokens, their own tokens inside the budget", ge=1)
+    block_q: int | None = option(
+        None, "queries that share one list, their own tokens inside the budget; an eighth of it, 16 to 256", ge=1
+    )
     boundaries: str = option("novelty", "where chunks begin", choices=("fixed", "novelty", "predictor", "oracle"))
     chunk: int = option(10, "length of fixed chunks; of others the smallest mean length", ge=1)
     longest: int = option(64, "longer chunks are split; 0 leaves them whole", ge=0)
@@ -57,25 +60,42 @@ class DhsaConfig(MethodConfig):
         if isinstance(self.budget, float) and self.budget > 1:
             raise ConfigError(f"dhsa: budget={self.budget} is neither a whole number of tokens nor a share up to 1.")
         if isinstance(self.budget, int) and self.budget < self.least:
+            block = "block_q" if self.block_q else f"{self.least_block} queries"
             raise ConfigError(
-                f"dhsa: budget={self.budget} has no room for sink + local + block_q = {self.least} tokens; "
+                f"dhsa: budget={self.budget} has no room for sink + local + {block} = {self.least} tokens; "
                 "raise it or lower one of these."
             )
         if self.boundaries == "fixed" and self.chunk % self.align:
             raise ConfigError(f"dhsa: chunk={self.chunk} must be a multiple of align={self.align}.")
-        if self.block_q % self.align:
+        if self.block_q and self.block_q % self.align:
             raise ConfigError(f"dhsa: block_q={self.block_q} must be a multiple of align={self.align}.")
 
     @property
     def least(self) -> int:
-        """Tokens that are visible whatever they score."""
-        slack = 3 * self.align if self.align > 1 else 0
-        return self.sink + self.local + self.block_q + slack
+        """Tokens that are visible whatever they score, with the smallest blocks of queries."""
+        return self._around + self.least_block
+
+    @property
+    def least_block(self) -> int:
+        """Queries of the smallest block."""
+        return self.block_q or max(LEAST_BLOCK // self.align, 1) * self.align
+
+    @property
+    def _around(self) -> int:
+        return self.sink + self.local + (3 * self.align if self.align > 1 else 0)
 
     def units(self, keys: int) -> int:
         """Budget in units of `align` tokens for a call with `keys` keys."""
         wanted = self.budget if isinstance(self.budget, int) else max(self.least, math.ceil(self.budget * keys))
         return -(-wanted // self.align)
+
+    def block(self, units: int) -> int:
+        """Queries per block for a budget of `units`."""
+        if self.block_q:
+            return self.block_q
+        tokens = units * self.align
+        wanted = min(tokens // 8, tokens - self._around, MOST_BLOCK)
+        return max(wanted // self.align * self.align, self.least_block)
 
 
 @register_method
@@ -103,7 +123,7 @@ class Dhsa(Method):
         super().__init__(config, tensors)
         self.settings = s = config
         self.acts_in = frozenset({"prefill", "decode"} if s.phase == "both" else {s.phase})
-        tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.block_q and s.score != "bands"
+        tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.least_block and s.score != "bands"
         self.causality = "tile" if tiled else "no"
         self.predictor = BoundaryPredictor.of(tensors or {})
         self.watch: Callable[[AttentionCall, Selection | None], None] | None = None
@@ -160,8 +180,9 @@ class Dhsa(Method):
 
     def _choose(self, call: AttentionCall, units: int) -> Selection | None:
         s, a = self.settings, self.settings.align
-        table = self._table(call)
-        block = 1 if call.Lq == 1 else s.block_q
+        block = s.block(units)
+        table = self._table(call, block)
+        block = 1 if call.Lq == 1 else block
         stop = call.Lq - self._question(call)
         dense = min(max(0, (units * a - call.off) // block * block), stop)
         if stop <= dense or call.off + stop <= units * a:
@@ -187,14 +208,14 @@ class Dhsa(Method):
         tail = call.Lk - min(starts) if starts else 0 if places else self.settings.question_tokens
         return min(max(tail, 0), call.Lq)
 
-    def _table(self, call: AttentionCall) -> ChunkTable:
+    def _table(self, call: AttentionCall, block: int) -> ChunkTable:
         """The chunk table brought up to date; built anew from the keys when it is gone or the cache was cut back."""
         table = call.state.get(KEY)
         if table is None or table.closed > call.off:
             table = ChunkTable.empty(call.k, self.rotary)
             call.state[KEY] = table
         s, fresh = self.settings, table.closed == 0
-        if call.Lq >= s.block_q or (fresh and call.Lq > 1):
+        if call.Lq >= block or (fresh and call.Lq > 1):
             self._close(table, call, call.Lk)
         elif fresh or 0 < s.close_after <= call.off - table.closed:
             self._close(table, call, call.off)

@@ -461,3 +461,28 @@ def test_a_question_in_two_chunks_is_dense_in_both() -> None:
     seen = m.select(first).mask(first.layout).sum(-1)
     assert (seen[:, :, 50:] == torch.arange(51, 61)).all() and (seen[:, :, 49] <= 40).all()
     assert m.select(replace(call(40, 100, states=states), spans=spans)) is None
+
+
+@pytest.mark.parametrize("align", [1, 4, 16])
+def test_query_blocks_follow_the_budget(align: int) -> None:
+    """Blocks are an eighth of the budget, 16 to 256, and whatever the budget there is room for sink and local."""
+    make = get_method("dhsa").config_class
+    around = 64 + 128 + (3 * align if align > 1 else 0)
+    for budget in [*range(around + 16, 400, 7), 512, 1000, 2048, 5000]:
+        s = make(budget=budget, align=align, chunk=16)
+        block = s.block(s.units(10_000))
+        assert block % align == 0 and 16 <= block <= 256
+        assert around + block <= s.units(10_000) * align
+        assert block == 16 or block <= budget / 8 + align
+    assert make(budget=2048).block(2048) == 256 and make(budget=1024).block(1024) == 128
+    share = make(budget=0.01, align=align, chunk=16)
+    assert share.block(share.units(1000)) == 16 and share.block(share.units(100_000)) <= 1000 / 8
+    with pytest.raises(ConfigError, match=r"sink \+ local \+ 16 queries"):
+        make(budget=around + 15, align=align, chunk=16)
+
+
+def test_default_blocks_equal_named_ones() -> None:
+    c = call(300, 300)
+    room = {"budget": 136, "block_q": None}
+    chosen, named = (method(**{**room, **more}).select(c) for more in ({}, {"block_q": 17}))
+    assert torch.equal(chosen.mask(c.layout), named.mask(c.layout))
