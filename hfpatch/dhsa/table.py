@@ -39,17 +39,17 @@ def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
 class ChunkTable:
     """Chunks of the rows' first `closed` tokens; tokens `closed .. seen` form one open chunk.
 
-    `starts [B, C]`; rows with fewer chunks are padded with empty ones. `sums [B, Hkv, C, 2 D]` of the closed chunks'
-    keys and their squares, and `open [B, Hkv, 2 D]` of the open one's, in float32.
+    `starts [B, C]`; rows with fewer chunks are padded with empty ones. `moments [B, Hkv, C + 1, 2 D]` are means and
+    variances of the keys, the open chunk's last, and `open [B, Hkv, 2 D]` sums of its keys and their squares, in
+    float32.
     """
 
     starts: Tensor
-    sums: Tensor
+    moments: Tensor
     open: Tensor
     rotary: Rotary = ALL
     closed: int = 0
     seen: int = 0
-    _moments: Tensor | None = None
 
     @classmethod
     def empty(cls, k: Tensor, rotary: Rotary = ALL) -> ChunkTable:
@@ -57,7 +57,7 @@ class ChunkTable:
         b, h, _, d = k.shape
         return cls(
             torch.zeros(b, 0, dtype=torch.long, device=k.device),
-            torch.zeros(b, h, 0, 2 * d, device=k.device),
+            torch.zeros(b, h, 1, 2 * d, device=k.device),
             torch.zeros(b, h, 2 * d, device=k.device),
             rotary,
         )
@@ -72,17 +72,14 @@ class ChunkTable:
         """Means and variances of the keys of every chunk, `[B, Hkv, C + 1, 2 D]`; zeros for empty chunks.
 
         Variances are averaged over the two channels of a rotary plane, so that what a query makes of them does not
-        depend on where position 0 lies, as q k does not. Those of closed chunks are kept from call to call.
+        depend on where position 0 lies, as q k does not.
         """
-        starts, ends = self.spans
-        length = (ends - starts).clamp_min(1)[:, None, :, None]
-        if self._moments is None:
-            self._moments = self._spread(torch.cat([self.sums, self.open[:, :, None]], 2), length)
-        else:
-            if self._moments.is_inference() and not torch.is_inference_mode_enabled():
-                self._moments = self._moments.clone()
-            self._moments[:, :, -1:] = self._spread(self.open[:, :, None], length[:, :, -1:])
-        return self._moments
+        if self.seen > self.closed:
+            if self.moments.is_inference() and not torch.is_inference_mode_enabled():
+                self.moments = self.moments.clone()
+            length = self.open.new_full((1,), self.seen - self.closed)
+            self.moments[:, :, -1] = self._spread(self.open, length)
+        return self.moments
 
     def _spread(self, sums: Tensor, length: Tensor) -> Tensor:
         mean, square = (sums / length).chunk(2, -1)
@@ -95,11 +92,12 @@ class ChunkTable:
         stop = k.shape[2]
         if stop > self.closed:
             starts = to_list(find(self.closed, stop), self.closed)
-            self.sums = torch.cat([self.sums, chunk_sums(k, starts, self.closed)], 2)
+            length = F.pad(starts[:, 1:], (0, 1), value=stop) - starts
+            new = self._spread(chunk_sums(k, starts, self.closed), length.clamp_min(1)[:, None, :, None])
+            self.moments = torch.cat([self.moments[:, :, :-1], new, torch.zeros_like(new[:, :, :1])], 2)
             self.starts = torch.cat([self.starts, starts], 1)
         self.closed = self.seen = stop
         self.open = torch.zeros_like(self.open)
-        self._moments = None
 
     def grow(self, k: Tensor) -> None:
         """Let the open chunk reach to the end of `k [B, Hkv, Lk, D]`; forgets open tokens the cache has dropped."""
@@ -115,4 +113,5 @@ class ChunkTable:
     def reorder(self, index: Tensor) -> ChunkTable:
         """The table of batch rows `index`, as beams move."""
         index = index.to(self.starts.device)
-        return ChunkTable(self.starts[index], self.sums[index], self.open[index], self.rotary, self.closed, self.seen)
+        moments, open = self.moments[index], self.open[index]
+        return ChunkTable(self.starts[index], moments, open, self.rotary, self.closed, self.seen)
