@@ -113,7 +113,7 @@ def regroup(
         norm = 1 + extra.sum(-1)
         if not (group.positive or (isinstance(group.factor, (int, float)) and group.factor > CANCELLING)):
             left = norm if left is None else left * norm
-        total = _added(total, extra, call.v[:, :, group.keys].to(lse.dtype)) / norm.transpose(1, 2)[..., None]
+        total = _moved(total, extra, norm, call.v[:, :, group.keys].to(lse.dtype))
         lse = lse + norm.log()
         if len(groups) > 1:
             done.append((group.indices(lse.device), factor))
@@ -203,12 +203,13 @@ def _number(same: Tensor, factor: Tensor) -> Tensor:
     return 1 + (factor - 1) * same.sum(-1)
 
 
-def _added(total: Tensor, weights: Tensor, v: Tensor) -> Tensor:
-    """`total [B, Lq, Hq, Dv]` plus `weights [B, Hq, Lq, n]` times `v [B, Hkv, n, Dv]`."""
-    v = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)
+def _moved(total: Tensor, extra: Tensor, norm: Tensor, v: Tensor) -> Tensor:
+    """`(total + extra v) / norm`: `total [B, Lq, Hq, Dv]`, `extra [B, Hq, Lq, n]`, `norm` its row sums plus one."""
+    v = v.repeat_interleave(extra.shape[1] // v.shape[1], dim=1)
+    norm = norm.transpose(1, 2)[..., None]
     if v.shape[2] == 1:
-        return torch.addcmul(total, weights.transpose(1, 2), v.transpose(1, 2))
-    return total + (weights @ v).transpose(1, 2)
+        return torch.lerp(total, v.transpose(1, 2), extra.transpose(1, 2) / norm)
+    return (total + (extra @ v).transpose(1, 2)) / norm
 
 
 def initial_weight(call: AttentionCall, queries: int = 32) -> Tensor:
