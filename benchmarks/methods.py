@@ -8,6 +8,7 @@ time. `--memory` reads the peak of every variant in a child process (or of the C
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hfpatch.evals.memory import peak_reader, trim
+from hfpatch.evals.memory import GIVE_BACK, peak_reader, trim
 from hfpatch.evals.stats import apart, break_even, break_even_text, summarise
 from hfpatch.evals.variants import parse_variants
 from torch import Tensor
@@ -178,7 +179,8 @@ def memory(words: list[str], variants: list[Any], args: argparse.Namespace) -> N
         found = {}
         for name in ("dense", *(v.name for v in variants)):
             child = [sys.executable, __file__, *words, "--peak-of", name, "--peak-at", str(length)]
-            done = subprocess.run(child, capture_output=True, text=True, check=True)
+            env = {**GIVE_BACK, **os.environ}
+            done = subprocess.run(child, capture_output=True, text=True, check=True, env=env)
             found[name] = int(done.stdout.splitlines()[-1])
         for name, size in found.items():
             print(f"{name:<34} prefill {length:>7}  peak {size / 2**20:8.1f} MiB  {size / found['dense']:.2f} x dense")
