@@ -24,6 +24,7 @@ from .generation import generate_tokens, text_ids
 from .models import Loaded, load_model, pick_device
 from .variants import Variant
 
+WARMUP = 4096  # tokens of the call before the measured one, in which patches act, so that their code is loaded
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # glibc: freed tensors leave the resident set, as on a GPU
 
 
@@ -135,7 +136,7 @@ def _measure(loaded: Loaded, variant: Variant, length: int, decode_tokens: int, 
     reader = peak_reader(loaded.device)
     ids = text_ids(loaded, length, seed)
     with variant.applied(loaded.model):
-        generate_tokens(loaded, ids[:, :16], 2)
+        generate_tokens(loaded, ids[:, :WARMUP], 2)
         trim()
         if loaded.device.type == "cuda":
             torch.cuda.synchronize()
