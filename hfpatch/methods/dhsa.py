@@ -245,6 +245,9 @@ class Dhsa(Method):
             if s.threshold is not None:
                 score = score.masked_fill(score <= s.threshold, -torch.inf)
             flags = cutting.cut(score, cutting.Cutting(s.radius, s.chunk), forced)
+        if start < s.sink < stop:  # initial tokens' keys are unlike others and would speak for their chunk
+            flags = flags.clone()
+            flags[:, s.sink - start] = True
         if s.longest:
             flags = cutting.split_long(flags, s.longest)
         return cutting.snap(flags, start, s.align) if s.align > 1 else flags

@@ -384,7 +384,7 @@ def test_representation_is_unbiased_under_length() -> None:
 def test_notes_count_chunks() -> None:
     m, c = method(boundaries="fixed", longest=0), call(100, 100)
     m.select(c)
-    assert m.notes() == ["dhsa: layer 0: 60 chunks, 5.0 tokens on average"]
+    assert m.notes() == ["dhsa: layer 0: 63 chunks, 4.8 tokens on average"]
 
 
 @pytest.mark.parametrize(
@@ -486,3 +486,17 @@ def test_default_blocks_equal_named_ones() -> None:
     room = {"budget": 136, "block_q": None}
     chosen, named = (method(**{**room, **more}).select(c) for more in ({}, {"block_q": 17}))
     assert torch.equal(chosen.mask(c.layout), named.mask(c.layout))
+
+
+@pytest.mark.parametrize("boundaries", ["fixed", "novelty"])
+def test_no_chunk_mixes_the_sink_with_what_follows(boundaries: str) -> None:
+    """The initial keys are always visible and often outliers: they must not speak for the tokens after them."""
+    c = call(111, 111)
+    c.k[:, :, :7] += 50
+    method(boundaries=boundaries, sink=7, budget=48).select(c)
+    table = c.state[KEY]
+    starts, ends = table.spans
+    assert (starts == 7).any(1).all() and not ((starts < 7) & (ends > 7)).any()
+    chunk = int((starts[0] == 7).nonzero()[0])
+    mean = c.k[0, :, 7 : int(ends[0, chunk])].mean(1)
+    torch.testing.assert_close(table.statistics()[0, :, chunk, :16], mean)
