@@ -404,6 +404,7 @@ def _cache_length(cache: Any, layer_idx: int | None, key: Tensor) -> int | None:
 
 
 def _length_at(cache: Any, index: int) -> int | None:
+    """Tokens that layer `index` of a cache has seen; None for layers without a length, such as linear attention's."""
     try:
         return int(cache.get_seq_length(index))
     except (AttributeError, IndexError, NotImplementedError, ValueError):
