@@ -21,11 +21,13 @@ class Rotary:
         rope = rope.get("full_attention", rope)
         return cls(rope.get("partial_rotary_factor") or 1.0, getattr(config, "qk_rope_head_dim", None) or 0)
 
-    def partner(self, d: int, device: torch.device) -> Tensor:
-        """For each of `d` channels the other one of its plane, itself where nothing turns, `[D]`."""
+    def fold(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """Add up the two channels of every plane and multiply by `weight`; channels that do not turn stay.
+
+        `x [..., D]` -> `[..., P]` with P planes and still channels.
+        """
+        d = x.shape[-1]
         turned = self.tail or int(d * self.share)
         start, half = (d - turned if self.tail else 0), turned // 2
-        other = torch.arange(d, device=device)
-        other[start : start + half] += half
-        other[start + half : start + 2 * half] -= half
-        return other
+        a, b, stop = x[..., start : start + half], x[..., start + half : start + 2 * half], start + 2 * half
+        return torch.cat([x[..., :start], (a + b) * weight, x[..., stop:]], -1)

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .rotary import Rotary
+
 RULES = ("mass", "mean", "centered", "bands")
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Means and variances of the keys of all chunks, `statistics [B, Hkv, C, 2 D]`, and their spans `[B, C]`."""
+    """Chunks at `[starts, ends)`, each `[B, C]`: means and plane-wise variances, `statistics [B, Hkv, C, D + P]`."""
 
     statistics: Tensor
     starts: Tensor
     ends: Tensor
+    rotary: Rotary
 
     @property
     def length(self) -> Tensor:
@@ -25,9 +28,9 @@ class Chunks:
         """Which chunks lie wholly before `upto [nQ]`, `[B, 1, nQ, C]`: what a causal normaliser may look at."""
         return ((self.ends[:, None] <= upto[:, None]) & (self.length[:, None] > 0))[:, None]
 
-    def represent(self, shared: bool) -> Tensor:
+    def represent(self, d: int, shared: bool) -> Tensor:
         """The paper's `sqrt(len) * mean(k)`, `[B, Hkv or 1, C, D]`: its noise does not depend on the length."""
-        mean = self.statistics.chunk(2, -1)[0] * self.length.sqrt()[:, None, :, None]
+        mean = self.statistics[..., :d].float() * self.length.sqrt()[:, None, :, None]
         return mean.mean(1, keepdim=True) if shared else mean
 
 
@@ -41,7 +44,7 @@ def score_chunks(q: Tensor, chunks: Chunks, rule: str, upto: Tensor, scale: floa
         return _mass(q, chunks, upto, scale, shared)
     hkv = chunks.statistics.shape[1]
     pooled = q.unflatten(1, (1 if shared else hkv, -1)).mean(2)
-    keys = chunks.represent(shared)
+    keys = chunks.represent(q.shape[-1], shared)
     if rule == "bands":
         return _bands(pooled, keys, chunks.before(upto))
     score = pooled @ keys.mT
@@ -55,10 +58,10 @@ def _mass(q: Tensor, chunks: Chunks, upto: Tensor, scale: float, shared: bool) -
     exp(scale * q mean + scale^2 / 2 * q^2 variance), variances per rotary plane. Softmax over chunks
     weighted with their lengths makes heads comparable; what keys have in common cancels.
     """
-    b, hq, n, d = q.shape
+    b, hq, n, _ = q.shape
     hkv = chunks.statistics.shape[1]
-    wanted = torch.cat([q * scale, q.square() * (0.5 * scale * scale)], -1)
-    logits = (wanted.view(b, hkv, -1, 2 * d) @ chunks.statistics.mT).view(b, hq, n, -1)
+    wanted = torch.cat([q * scale, chunks.rotary.fold(q.square()) * (0.5 * scale * scale)], -1)
+    logits = (wanted.view(b, hkv, -1, wanted.shape[-1]) @ chunks.statistics.float().mT).view(b, hq, n, -1)
     length = chunks.length
     padding = torch.where(length > 0, length.log(), -torch.inf)[:, None, None]
     total = (logits + padding).masked_fill(~chunks.before(upto), -torch.inf).logsumexp(-1, keepdim=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,37 +12,50 @@ from torch.nn import functional as F
 
 from .boundaries import to_list
 from .rotary import Rotary
+from .score import Chunks
 
 Finder = Callable[[int, int], Tensor]
 ALL = Rotary()
+SEGMENT = 2048
 
 
 def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
     """Float32 sums `[B, Hkv, C, 2 D]` of k and of k squared over chunks that begin at `starts [B, C]`.
 
-    Tokens `first ..` of `k [B, Hkv, Lk, D]`. One pass for ragged rows: their chunks are bags of consecutive entries
-    of one flat table, head by head to keep the copy in float32 small.
+    Tokens `first ..` of `k [B, Hkv, Lk, D]`, row by row and about `SEGMENT` tokens at a time, which keeps the copy in
+    float32 small.
     """
-    b, heads, _, d = k.shape
-    n = k.shape[2] - first
-    row = torch.arange(b, device=k.device)[:, None] * n
-    offsets, every = (starts - first + row).flatten(), torch.arange(b * n, device=k.device)
-    out = k.new_empty((b, heads, starts.shape[1], 2 * d), dtype=torch.float32)
-    for h in range(heads):
-        flat = k[:, h, first:].float().reshape(b * n, d)
-        for part, x in enumerate((flat, flat.square())):
-            sums = F.embedding_bag(every, x, offsets, mode="sum")
-            out[:, h, :, part * d : (part + 1) * d] = sums.view(b, -1, d)
+    b, heads, stop, d = k.shape
+    out = k.new_zeros((b, heads, starts.shape[1], 2 * d), dtype=torch.float32)
+    step = max(1, starts.shape[1] * SEGMENT // max(1, stop - first))
+    edges = F.pad(starts[:, ::step], (0, 1), value=stop).tolist()
+    for row in range(b):
+        for n, (low, high) in enumerate(pairwise(edges[row])):
+            if low == high:
+                continue
+            some = slice(n * step, (n + 1) * step)
+            x = k[row, :, low:high].transpose(0, 1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            every, offsets = torch.arange(high - low, device=k.device), starts[row, some] - low
+            for part in (slice(0, d), slice(d, 2 * d)):
+                sums = F.embedding_bag(every, x.view(high - low, -1), offsets, mode="sum")
+                out[row, :, some, part] = sums.view(-1, heads, d).transpose(0, 1)
+                x.square_()
     return out
+
+
+def spread(sums: Tensor, length: Tensor | int, rotary: Rotary) -> Tensor:
+    """Means and variances per plane `[..., D + P]` from `sums [..., 2 D]` of k and of k squared over `length` keys."""
+    mean, square = (sums / length).chunk(2, -1)
+    return torch.cat([mean, rotary.fold((square - mean.square()).clamp_min(0), 0.5)], -1)
 
 
 @dataclass(eq=False)
 class ChunkTable:
     """Chunks of the rows' first `closed` tokens; tokens `closed .. seen` form one open chunk.
 
-    `starts [B, C]`; rows with fewer chunks are padded with empty ones. `moments [B, Hkv, C + 1, 2 D]` are means and
-    variances of the keys, the open chunk's last, and `open [B, Hkv, 2 D]` sums of its keys and their squares, in
-    float32.
+    `starts [B, C]`; rows with fewer chunks are padded with empty ones. `moments [B, Hkv, M + 1, D + P]` are means of
+    the keys and variances per rotary plane, in the keys' dtype, of the M chunks up to token `measured`, the open
+    chunk's last. `open [B, Hkv, 2 D]` are float32 sums of the open chunk's keys and their squares.
     """
 
     starts: Tensor
@@ -50,17 +64,14 @@ class ChunkTable:
     rotary: Rotary = ALL
     closed: int = 0
     seen: int = 0
+    measured: int = 0
 
     @classmethod
     def empty(cls, k: Tensor, rotary: Rotary = ALL) -> ChunkTable:
         """A table without tokens for keys like `k [B, Hkv, L, D]`."""
-        b, h, _, d = k.shape
-        return cls(
-            torch.zeros(b, 0, dtype=torch.long, device=k.device),
-            torch.zeros(b, h, 1, 2 * d, device=k.device),
-            torch.zeros(b, h, 2 * d, device=k.device),
-            rotary,
-        )
+        starts = torch.zeros(k.shape[0], 0, dtype=torch.long, device=k.device)
+        open = torch.zeros(*k.shape[:2], 2 * k.shape[3], device=k.device)
+        return cls(starts, spread(open, 1, rotary)[:, :, None].to(k.dtype), open, rotary)
 
     @property
     def spans(self) -> tuple[Tensor, Tensor]:
@@ -68,36 +79,40 @@ class ChunkTable:
         starts = F.pad(self.starts, (0, 1), value=self.closed)
         return starts, F.pad(starts[:, 1:], (0, 1), value=self.seen)
 
-    def statistics(self) -> Tensor:
-        """Means and variances of the keys of every chunk, `[B, Hkv, C + 1, 2 D]`; zeros for empty chunks.
+    def chunks(self, k: Tensor) -> Chunks:
+        """All chunks with the moments of `k [B, Hkv, Lk, D]`, the open one last; zeros for empty ones.
 
         Variances are averaged over the two channels of a rotary plane, so that what a query makes of them does not
         depend on where position 0 lies, as q k does not.
         """
+        if self.measured < self.closed:
+            starts = self.starts[:, self.moments.shape[2] - 1 :]
+            length = F.pad(starts[:, 1:], (0, 1), value=self.closed) - starts
+            sums = chunk_sums(k[:, :, : self.closed], starts, self.measured)
+            new = self._stored(sums, length.clamp_min(1)[:, None, :, None])
+            self.moments = torch.cat([self.moments[:, :, :-1], new, torch.zeros_like(new[:, :, :1])], 2)
+            self.measured = self.closed
         if self.seen > self.closed:
             if self.moments.is_inference() and not torch.is_inference_mode_enabled():
                 self.moments = self.moments.clone()
-            length = self.open.new_full((1,), self.seen - self.closed)
-            self.moments[:, :, -1] = self._spread(self.open, length)
-        return self.moments
+            self.moments[:, :, -1] = self._stored(self.open, self.seen - self.closed)
+        return Chunks(self.moments, *self.spans, self.rotary)
 
-    def _spread(self, sums: Tensor, length: Tensor) -> Tensor:
-        mean, square = (sums / length).chunk(2, -1)
-        variance = (square - mean.square()).clamp_min_(0)
-        other = self.rotary.partner(mean.shape[-1], mean.device)
-        return torch.cat([mean, (variance + variance.index_select(-1, other)) / 2], -1)
+    def _stored(self, sums: Tensor, length: Tensor | int) -> Tensor:
+        dtype = self.moments.dtype
+        return spread(sums, length, self.rotary).clamp(max=torch.finfo(dtype).max).to(dtype)
 
-    def close(self, k: Tensor, find: Finder) -> None:
-        """Cut tokens `closed .. Lk` of `k [B, Hkv, Lk, D]` into chunks; `find(start, stop)` gives flags `[B, n]`."""
-        stop = k.shape[2]
+    def forget(self) -> None:
+        """Drop the moments of closed chunks; they are measured anew, from the keys, when next asked for."""
+        self.moments, self.measured = self.moments[:, :, -1:].clone(), 0
+
+    def close(self, stop: int, find: Finder) -> None:
+        """Cut tokens `closed .. stop` into chunks; `find(start, stop)` gives flags `[B, stop - start]`."""
         if stop > self.closed:
-            starts = to_list(find(self.closed, stop), self.closed)
-            length = F.pad(starts[:, 1:], (0, 1), value=stop) - starts
-            new = self._spread(chunk_sums(k, starts, self.closed), length.clamp_min(1)[:, None, :, None])
-            self.moments = torch.cat([self.moments[:, :, :-1], new, torch.zeros_like(new[:, :, :1])], 2)
-            self.starts = torch.cat([self.starts, starts], 1)
+            self.starts = torch.cat([self.starts, to_list(find(self.closed, stop), self.closed)], 1)
         self.closed = self.seen = stop
         self.open = torch.zeros_like(self.open)
+        self.moments = F.pad(self.moments[:, :, :-1], (0, 0, 0, 1))
 
     def grow(self, k: Tensor) -> None:
         """Let the open chunk reach to the end of `k [B, Hkv, Lk, D]`; forgets open tokens the cache has dropped."""
@@ -113,5 +128,5 @@ class ChunkTable:
     def reorder(self, index: Tensor) -> ChunkTable:
         """The table of batch rows `index`, as beams move."""
         index = index.to(self.starts.device)
-        moments, open = self.moments[index], self.open[index]
-        return ChunkTable(self.starts[index], moments, open, self.rotary, self.closed, self.seen)
+        starts, moments, open = self.starts[index], self.moments[index], self.open[index]
+        return replace(self, starts=starts, moments=moments, open=open)

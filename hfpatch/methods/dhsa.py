@@ -15,7 +15,7 @@ from ..dhsa.choose import Room, choose
 from ..dhsa.labels import mass_ratio
 from ..dhsa.predictor import BoundaryPredictor, load_predictor
 from ..dhsa.rotary import Rotary
-from ..dhsa.score import RULES, Chunks, pool_queries, score_chunks
+from ..dhsa.score import RULES, pool_queries, score_chunks
 from ..dhsa.table import ChunkTable
 from ..errors import ConfigError
 from ..method import Method
@@ -191,10 +191,12 @@ class Dhsa(Method):
         end = (begin + block).clamp(max=call.off + stop)
         sink = -(-s.sink // a)
         room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units, call.Lk // a)
-        starts, ends = table.spans
+        chunks = table.chunks(call.k)
         q = pool_queries(call.q[:, :, dense:stop], block)
-        score = score_chunks(q, Chunks(table.statistics(), starts, ends), s.score, begin, call.scale, s.heads == "all")
-        lists = choose(score, starts // a, ends // a, room, block, a)
+        score = score_chunks(q, chunks, s.score, begin, call.scale, s.heads == "all")
+        if call.Lq > call.off:  # most of a prompt: the moments would lie idle while the other layers work
+            table.forget()
+        lists = choose(score, chunks.starts // a, chunks.ends // a, room, block, a)
         parts = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
         return lists if len(parts) == 1 else Rows(parts)
@@ -231,7 +233,7 @@ class Dhsa(Method):
             make = lambda: self._find(call, start, stop, stop - question - start if question else None)  # noqa: E731
             return self._from_leader(call, "boundaries", key, make) if self.settings.share == "boundaries" else make()
 
-        table.close(call.k[:, :, :stop], find)
+        table.close(stop, find)
         starts, ends = table.spans
         self._counts[call.layer] = ((ends > starts).sum(), call.B * table.seen)
 

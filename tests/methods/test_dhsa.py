@@ -14,8 +14,8 @@ from hfpatch import ConfigError, get_method, patched
 from hfpatch.call import AttentionCall
 from hfpatch.dhsa import boundaries
 from hfpatch.dhsa.rotary import Rotary
-from hfpatch.dhsa.score import Chunks, score_chunks
-from hfpatch.dhsa.table import ChunkTable, chunk_sums
+from hfpatch.dhsa.score import score_chunks
+from hfpatch.dhsa.table import ChunkTable
 from hfpatch.errors import InputError
 from hfpatch.methods.dhsa import KEY, Dhsa
 from hfpatch.selection import Selection
@@ -167,7 +167,8 @@ def test_state_follows_beams() -> None:
     m.select(call(1, 61, states=states))
     table = c.state[KEY].reorder(torch.tensor([2, 2, 0]))
     assert torch.equal(table.starts, c.state[KEY].starts[[2, 2, 0]])
-    assert torch.equal(table.statistics(), c.state[KEY].statistics()[[2, 2, 0]])
+    want = c.state[KEY].chunks(c.k).statistics[[2, 2, 0]]
+    assert torch.equal(table.chunks(c.k[[2, 2, 0]]).statistics, want)
 
 
 @pytest.mark.parametrize("align", [4, 8])
@@ -230,9 +231,9 @@ def test_mass_finds_one_strong_key_that_a_mean_hides() -> None:
     k = torch.randn(1, 1, 160, 16, generator=g)
     k[:, :, 40] = 6.0
     table = ChunkTable.empty(k)
-    table.close(k, lambda start, stop: boundaries.fixed(1, 0, 160, 16, k.device))
+    table.close(k.shape[2], lambda start, stop: boundaries.fixed(1, 0, 160, 16, k.device))
     q, upto = torch.ones(1, 2, 1, 16), torch.tensor([160])
-    chunks = Chunks(table.statistics(), *table.spans)
+    chunks = table.chunks(k)
     mass = score_chunks(q, chunks, "mass", upto, 0.25)
     assert int(mass.argmax()) == 2 and bool(mass.isfinite().all())
 
@@ -253,8 +254,8 @@ def test_mass_does_not_depend_on_where_positions_begin(rotary: Rotary) -> None:
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
         table = ChunkTable.empty(k, rotary)
-        table.close(k, lambda start, stop: boundaries.fixed(1, 0, 96, 8, k.device))
-        return score_chunks(q, Chunks(table.statistics(), *table.spans), "mass", upto, 0.25)
+        table.close(k.shape[2], lambda start, stop: boundaries.fixed(1, 0, 96, 8, k.device))
+        return score_chunks(q, table.chunks(k), "mass", upto, 0.25)
 
     torch.testing.assert_close(scores(turn(q), turn(k)), scores(q, k), rtol=1e-4, atol=1e-4)
 
@@ -266,12 +267,12 @@ def test_rotary_bands_rank_what_one_band_sees() -> None:
     slow = [*range(12, 16), *range(28, 32)]
     k[:, :, 24:32, slow] += 1
     table = ChunkTable.empty(k)
-    table.close(k, lambda start, stop: boundaries.fixed(1, 0, 80, 8, k.device))
+    table.close(k.shape[2], lambda start, stop: boundaries.fixed(1, 0, 80, 8, k.device))
     q = torch.zeros(1, 1, 1, 32)
     q[..., slow] = 1
-    score = score_chunks(q, Chunks(table.statistics(), *table.spans), "bands", torch.tensor([80]), 0.25)
+    score = score_chunks(q, table.chunks(k), "bands", torch.tensor([80]), 0.25)
     assert int(score.argmax()) == 3
-    early = score_chunks(q, Chunks(table.statistics(), *table.spans), "bands", torch.tensor([30]), 0.25)
+    early = score_chunks(q, table.chunks(k), "bands", torch.tensor([30]), 0.25)
     assert (early[..., 3:] == 0).all()
 
 
@@ -357,17 +358,6 @@ def test_long_chunks_are_split_and_lists_are_ragged() -> None:
     assert boundaries.to_list(split, 100).tolist() == [[100, 107, 123, 139, 140], [100, 116, 132, 148, 150]]
 
 
-def test_chunk_sums_of_ragged_rows() -> None:
-    k, starts = torch.randn(2, 3, 50, 8), torch.tensor([[5, 9, 30], [5, 40, 50]])
-    got, squares = chunk_sums(k, starts, 5).chunk(2, -1)
-    torch.testing.assert_close(squares, chunk_sums(k.square(), starts, 5).chunk(2, -1)[0])
-    want = torch.stack([
-        torch.stack([k[0, :, 5:9].sum(1), k[0, :, 9:30].sum(1), k[0, :, 30:].sum(1)], 1),
-        torch.stack([k[1, :, 5:40].sum(1), k[1, :, 40:].sum(1), torch.zeros(3, 8)], 1),
-    ])  # fmt: skip
-    torch.testing.assert_close(got, want)
-
-
 def test_representation_is_unbiased_under_length() -> None:
     """The noise of a score must not depend on the chunk's length; the mean's own shrinks, the sum's own grows."""
     k = torch.randn(64, 1, 1040, 16)
@@ -375,8 +365,8 @@ def test_representation_is_unbiased_under_length() -> None:
     flags = torch.zeros(64, 1040, dtype=torch.bool)
     lengths = [4] * 32 + [16] * 32 + [25, 375]
     flags[:, torch.tensor([0, *lengths]).cumsum(0)[:-1]] = True
-    table.close(k, lambda start, stop: flags)
-    noise = Chunks(table.statistics(), *table.spans).represent(False)[:, 0, :-1].square().mean((0, 2)).sqrt()
+    table.close(k.shape[2], lambda start, stop: flags)
+    noise = table.chunks(k).represent(16, False)[:, 0, :-1].square().mean((0, 2)).sqrt()
     assert abs(float(noise[:32].mean()) - 1) < 0.05 and abs(float(noise[32:64].mean()) - 1) < 0.05
     assert abs(float(noise[-1]) - 1) < 0.1
 
@@ -499,4 +489,4 @@ def test_no_chunk_mixes_the_sink_with_what_follows(boundaries: str) -> None:
     assert (starts == 7).any(1).all() and not ((starts < 7) & (ends > 7)).any()
     chunk = int((starts[0] == 7).nonzero()[0])
     mean = c.k[0, :, 7 : int(ends[0, chunk])].mean(1)
-    torch.testing.assert_close(table.statistics()[0, :, chunk, :16], mean)
+    torch.testing.assert_close(table.chunks(c.k).statistics[0, :, chunk, :16], mean)
