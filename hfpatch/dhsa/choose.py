@@ -30,9 +30,9 @@ class Room:
     total: int
 
     @property
-    def free(self) -> Tensor:
-        """Units left for chosen chunks, `[nQ]`."""
-        return self.budget - self.sink - (self.high - self.low)
+    def recent(self) -> Tensor:
+        """Where in the list the recent units begin, `[nQ]`."""
+        return self.budget - self.high + self.low
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,11 @@ class TokenLists(BlockMap):
         return total * at.B * at.Hq
 
 
+def whole(tokens: Tensor, align: int) -> Tensor:
+    """Positions in tokens as positions in units, rounded down."""
+    return tokens if align == 1 else tokens // align
+
+
 def kept_units(score: Tensor, starts: Tensor, ends: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """How many units of every chunk are kept, and where its candidates begin: `[B, H, nQ, C]`, `[B, 1, nQ, C]`.
 
@@ -58,8 +63,8 @@ def kept_units(score: Tensor, starts: Tensor, ends: Tensor, room: Room) -> tuple
     length = (ends[:, None, None].minimum(room.low[:, None]) - first).clamp_min(0)
     score = score.masked_fill(length == 0, -torch.inf)
     order, sizes = _best(score, length.expand_as(score), room)
-    before = sizes.cumsum(-1) - sizes
-    fits = (room.free[:, None] - before).clamp_min(0).minimum(sizes)
+    left = (room.recent - room.sink)[:, None] - sizes.cumsum(-1) + sizes
+    fits = left.clamp_min(0).minimum(sizes)
     return torch.zeros_like(score, dtype=fits.dtype).scatter_(-1, order, fits), first
 
 
@@ -73,7 +78,7 @@ def _best(score: Tensor, length: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     if some < count:
         order = score.topk(some, dim=-1).indices
         sizes = length.gather(-1, order)
-        if bool((sizes.sum(-1) >= room.free).all()):
+        if bool((sizes.sum(-1) >= room.recent - room.sink).all()):
             return order, sizes
     order = score.argsort(dim=-1, descending=True, stable=True)
     return order, length.gather(-1, order)
@@ -83,15 +88,15 @@ def list_units(kept: Tensor, first: Tensor, room: Room) -> Tensor:
     """Unit lists `[B, H, nQ, budget]`, sorted, from the units kept of every chunk.
 
     A run that begins at unit u and at slot t of the list adds u - t to the slot number; that shift never falls
-    along the list, so one running maximum fills it in.
+    along the list, so one running maximum fills it in. Chunks of which nothing is kept write to a slot of no list.
     """
     b, h, n, _ = kept.shape
     slot = kept.cumsum(-1) - kept + room.sink
-    shift = (first - slot).masked_fill(kept == 0, 0)
-    slot = torch.where(kept > 0, slot, room.budget)
+    shift = first - slot
+    slot = slot.masked_fill_(kept == 0, room.budget)
     lists = kept.new_zeros(b, h, n, room.budget + 1)
     lists.scatter_(-1, slot, shift)
-    recent = room.budget - (room.high - room.low)
+    recent = room.recent
     lists.scatter_(-1, recent[:, None].expand(b, h, n, 1), (room.low - recent)[:, None].expand(b, h, n, 1))
     lists = lists[..., :-1].cummax(-1).values
     return lists + torch.arange(room.budget, device=kept.device)

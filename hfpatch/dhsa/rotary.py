@@ -21,8 +21,8 @@ class Rotary:
         rope = rope.get("full_attention", rope)
         return cls(rope.get("partial_rotary_factor") or 1.0, getattr(config, "qk_rope_head_dim", None) or 0)
 
-    def fold(self, x: Tensor, weight: float = 1.0) -> Tensor:
-        """Add up the two channels of every plane and multiply by `weight`; channels that do not turn stay.
+    def fold(self, x: Tensor) -> Tensor:
+        """Add up the two channels of every plane; channels that do not turn stay.
 
         `x [..., D]` -> `[..., P]` with P planes and still channels.
         """
@@ -30,4 +30,4 @@ class Rotary:
         turned = self.tail or int(d * self.share)
         start, half = (d - turned if self.tail else 0), turned // 2
         a, b, stop = x[..., start : start + half], x[..., start + half : start + 2 * half], start + 2 * half
-        return torch.cat([x[..., :start], (a + b) * weight, x[..., stop:]], -1)
+        return torch.cat([x[..., :start], a + b, x[..., stop:]], -1)

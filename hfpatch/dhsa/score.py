@@ -62,9 +62,9 @@ def _mass(q: Tensor, chunks: Chunks, upto: Tensor, scale: float, shared: bool) -
     hkv = chunks.statistics.shape[1]
     wanted = torch.cat([q * scale, chunks.rotary.fold(q.square()) * (0.5 * scale * scale)], -1)
     logits = (wanted.view(b, hkv, -1, wanted.shape[-1]) @ chunks.statistics.float().mT).view(b, hq, n, -1)
-    length = chunks.length
-    padding = torch.where(length > 0, length.log(), -torch.inf)[:, None, None]
-    total = (logits + padding).masked_fill(~chunks.before(upto), -torch.inf).logsumexp(-1, keepdim=True)
+    past = (chunks.ends[:, None] <= upto[:, None])[:, None]
+    weight = torch.where(past, chunks.length.log()[:, None, None], -torch.inf)
+    total = (logits + weight).logsumexp(-1, keepdim=True)
     density = (logits - total.nan_to_num(neginf=0.0)).unflatten(1, (1 if shared else hkv, -1))
     return density.logsumexp(2) if density.shape[2] > 1 else density[:, :, 0]
 

@@ -46,7 +46,8 @@ def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
 def spread(sums: Tensor, length: Tensor | int, rotary: Rotary) -> Tensor:
     """Means and variances per plane `[..., D + P]` from `sums [..., 2 D]` of k and of k squared over `length` keys."""
     mean, square = (sums / length).chunk(2, -1)
-    return torch.cat([mean, rotary.fold((square - mean.square()).clamp_min(0), 0.5)], -1)
+    channels = rotary.fold(mean.new_ones(mean.shape[-1]))
+    return torch.cat([mean, rotary.fold((square - mean.square()).clamp_min(0)) / channels], -1)
 
 
 @dataclass(eq=False)
@@ -55,7 +56,7 @@ class ChunkTable:
 
     `starts [B, C]`; rows with fewer chunks are padded with empty ones. `moments [B, Hkv, M + 1, D + P]` are means of
     the keys and variances per rotary plane, in the keys' dtype, of the M chunks up to token `measured`, the open
-    chunk's last. `open [B, Hkv, 2 D]` are float32 sums of the open chunk's keys and their squares.
+    chunk's last. `open [B, Hkv, 2 D]` are float32 sums of the open chunk's keys and their squares up to token `added`.
     """
 
     starts: Tensor
@@ -65,6 +66,7 @@ class ChunkTable:
     closed: int = 0
     seen: int = 0
     measured: int = 0
+    added: int = 0
 
     @classmethod
     def empty(cls, k: Tensor, rotary: Rotary = ALL) -> ChunkTable:
@@ -79,11 +81,12 @@ class ChunkTable:
         starts = F.pad(self.starts, (0, 1), value=self.closed)
         return starts, F.pad(starts[:, 1:], (0, 1), value=self.seen)
 
-    def chunks(self, k: Tensor) -> Chunks:
+    def chunks(self, k: Tensor, upto: int | None = None) -> Chunks:
         """All chunks with the moments of `k [B, Hkv, Lk, D]`, the open one last; zeros for empty ones.
 
-        Variances are averaged over the two channels of a rotary plane, so that what a query makes of them does not
-        depend on where position 0 lies, as q k does not.
+        The open one's are out of date if it begins at `upto` or later, where nobody looks. Variances are averaged
+        over the two channels of a rotary plane, so that what a query makes of them does not depend on where position
+        0 lies, as q k does not.
         """
         if self.measured < self.closed:
             starts = self.starts[:, self.moments.shape[2] - 1 :]
@@ -92,7 +95,9 @@ class ChunkTable:
             new = self._stored(sums, length.clamp_min(1)[:, None, :, None])
             self.moments = torch.cat([self.moments[:, :, :-1], new, torch.zeros_like(new[:, :, :1])], 2)
             self.measured = self.closed
-        if self.seen > self.closed:
+        if self.seen > self.closed and (upto is None or upto > self.closed):
+            new = k[:, :, self.added : self.seen].float()
+            self.open, self.added = self.open + torch.cat([new.sum(2), new.square().sum(2)], -1), self.seen
             if self.moments.is_inference() and not torch.is_inference_mode_enabled():
                 self.moments = self.moments.clone()
             self.moments[:, :, -1] = self._stored(self.open, self.seen - self.closed)
@@ -110,19 +115,14 @@ class ChunkTable:
         """Cut tokens `closed .. stop` into chunks; `find(start, stop)` gives flags `[B, stop - start]`."""
         if stop > self.closed:
             self.starts = torch.cat([self.starts, to_list(find(self.closed, stop), self.closed)], 1)
-        self.closed = self.seen = stop
+        self.closed = self.seen = self.added = stop
         self.open = torch.zeros_like(self.open)
         self.moments = F.pad(self.moments[:, :, :-1], (0, 0, 0, 1))
 
-    def grow(self, k: Tensor) -> None:
-        """Let the open chunk reach to the end of `k [B, Hkv, Lk, D]`; forgets open tokens the cache has dropped."""
-        stop = k.shape[2]
-        if self.seen == stop - 1:
-            last = k[:, :, -1].float()
-            self.open = self.open + torch.cat([last, last.square()], -1)
-        else:
-            new = k[:, :, self.closed :].float()
-            self.open = torch.cat([new.sum(2), new.square().sum(2)], -1)
+    def grow(self, start: int, stop: int) -> None:
+        """Let the open chunk take tokens `start .. stop`; those from `start` on that it had, the cache has dropped."""
+        if start < self.added:
+            self.open, self.added = torch.zeros_like(self.open), self.closed
         self.seen = stop
 
     def reorder(self, index: Tensor) -> ChunkTable:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..dhsa import boundaries as cutting
-from ..dhsa.choose import Room, choose
+from ..dhsa.choose import Room, choose, whole
 from ..dhsa.labels import mass_ratio
 from ..dhsa.predictor import BoundaryPredictor, load_predictor
 from ..dhsa.rotary import Rotary
@@ -190,13 +190,13 @@ class Dhsa(Method):
         begin = torch.arange(call.off + dense, call.off + stop, block, device=call.q.device)
         end = (begin + block).clamp(max=call.off + stop)
         sink = -(-s.sink // a)
-        room = Room(sink, ((begin - s.local) // a).clamp(min=sink), (end + a - 1) // a, units, call.Lk // a)
-        chunks = table.chunks(call.k)
+        room = Room(sink, whole(begin - s.local, a).clamp(min=sink), whole(end + (a - 1), a), units, call.Lk // a)
+        chunks = table.chunks(call.k, upto=call.off + stop - s.local)
         q = pool_queries(call.q[:, :, dense:stop], block)
         score = score_chunks(q, chunks, s.score, begin, call.scale, s.heads == "all")
         if call.Lq > call.off:  # most of a prompt: the moments would lie idle while the other layers work
             table.forget()
-        lists = choose(score, chunks.starts // a, chunks.ends // a, room, block, a)
+        lists = choose(score, whole(chunks.starts, a), whole(chunks.ends, a), room, block, a)
         parts = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
         return lists if len(parts) == 1 else Rows(parts)
@@ -222,7 +222,7 @@ class Dhsa(Method):
         elif fresh or 0 < s.close_after <= call.off - table.closed:
             self._close(table, call, call.off)
         if table.closed < call.Lk:
-            table.grow(call.k)
+            table.grow(call.off, call.Lk)
         return table
 
     def _close(self, table: ChunkTable, call: AttentionCall, stop: int) -> None:

@@ -1,5 +1,7 @@
 """Picking tokens of keys and values, per head."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +15,7 @@ class RowGather:
     strides: tuple[int, int, int]
 
     @classmethod
-    def of(cls, x: Tensor) -> "RowGather":
+    def of(cls, x: Tensor) -> RowGather:
         """A view where strides allow it, else a copy of x."""
         d = x.shape[-1]
         if x.stride(-1) != 1 or x.requires_grad or any(s % d for s in x.stride()[:3]):
@@ -22,8 +24,17 @@ class RowGather:
         last = sum((n - 1) * s for n, s in zip(x.shape[:3], (b, h, t), strict=True))
         return cls(x.as_strided((last + 1, d), (d, 1)), (b, h, t))
 
-    def take(self, b: int | Tensor, h: Tensor, tokens: Tensor) -> Tensor:
-        """Rows `[..., D]` of token `tokens [...]`, batch row b and head `h`, broadcast against tokens."""
+    def places(self, b: int | Tensor, h: Tensor, tokens: Tensor) -> Tensor:
+        """Where token `tokens [...]` of batch row b and head `h` lies in the table, broadcast against tokens."""
         sb, sh, st = self.strides
-        flat = tokens * st + (h * sh + b * sb)
-        return self.table.index_select(0, flat.flatten()).unflatten(0, flat.shape)
+        return tokens * st + (h * sh + b * sb)
+
+    def rows(self, places: Tensor) -> Tensor:
+        """Rows `[..., D]` of the table."""
+        return self.table.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+
+def take(k: RowGather, v: RowGather, b: int | Tensor, h: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same tokens of keys and values, which mostly lie alike: `[..., D]`, `[..., Dv]`."""
+    places = k.places(b, h, tokens)
+    return k.rows(places), v.rows(places if k.strides == v.strides else v.places(b, h, tokens))

@@ -3,7 +3,7 @@
 import torch
 
 from hfpatch.ops.call import Problem
-from hfpatch.ops.gather import RowGather
+from hfpatch.ops.gather import RowGather, take
 from hfpatch.ops.torch_kernel import Kernel
 from hfpatch.ops.torch_output import Output, blocked
 from hfpatch.selection import BlockMap
@@ -25,5 +25,5 @@ def run(problem: Problem, sel: BlockMap, out: Output, kernel: Kernel) -> None:
     tokens = tokens.expand(at.B, heads, -1)
     b = torch.arange(at.B, device=device)[:, None, None]
     h = (torch.arange(heads, device=device) * at.Hkv // heads)[:, None]
-    k, v = (RowGather.of(t).take(b, h, tokens) for t in (problem.k, problem.v))
+    k, v = take(RowGather.of(problem.k), RowGather.of(problem.v), b, h, tokens)
     out.write([kernel(blocked(problem.q, 1, heads), k, v, mask)])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hfpatch.ops import torch_block_decode
 from hfpatch.ops.call import Problem
-from hfpatch.ops.gather import RowGather
+from hfpatch.ops.gather import RowGather, take
 from hfpatch.ops.merge import Part
 from hfpatch.ops.torch_kernel import Kernel, lse_of_nothing
 from hfpatch.ops.torch_output import Output, blocked
@@ -112,7 +112,7 @@ class _Work:
         bias = self._bias(b, h, tokens)
         if bias is not None:
             mask = bias if mask is None else mask + bias
-        return self.kernel(q, self.k.take(b, kv, tokens), self.v.take(b, kv, tokens), mask)
+        return self.kernel(q, *take(self.k, self.v, b, kv, tokens), mask)
 
     def _uneven(self, b: int, q: Tensor, order: Tensor, counts: Tensor) -> Part:
         """Key blocks where every (query block, head) has its own number of them: one kernel call per number."""

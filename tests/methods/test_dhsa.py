@@ -1,6 +1,7 @@
 """DHSA: the chosen tokens against plain loops, boundaries against brute force, budgets, chunked prefill, decode."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -117,9 +118,10 @@ def test_question_tokens_are_dense(tail: int) -> None:
 
 @pytest.mark.parametrize("how", ["fixed", "novelty"])
 @pytest.mark.parametrize("question", [0, 7])
-def test_chunked_prefill_and_decode(how: str, question: int) -> None:
+@pytest.mark.parametrize("close_after", [0, 6, 15])
+def test_chunked_prefill_and_decode(how: str, question: int, close_after: int) -> None:
     """Every later call sees chunks that cover all of its past; generated tokens are the open chunk."""
-    m, states = method(boundaries=how, question_tokens=question), {}
+    m, states = method(boundaries=how, question_tokens=question, close_after=close_after), {}
     for lq, lk in ((50, 50), (61, 111), (3, 114), (1, 115), (1, 116), (40, 156), *((1, n) for n in range(157, 180))):
         c = call(lq, 200, states=states)
         full = c.k
@@ -131,7 +133,9 @@ def test_chunked_prefill_and_decode(how: str, question: int) -> None:
         assert (starts[:, 0] == 0).all() and (ends[:, -1] == lk).all() and torch.equal(starts[:, 1:], ends[:, :-1])
         new = full[:, :, table.closed : lk]
         want_open = torch.cat([new.sum(2), new.square().sum(2)], -1)
-        torch.testing.assert_close(table.open, want_open, rtol=1e-4, atol=1e-5)
+        forced = deepcopy(table)
+        forced.chunks(c.k)
+        torch.testing.assert_close(forced.open, want_open, rtol=1e-4, atol=1e-5)
         want = by_loops(m, c, starts, ends).repeat_interleave(4, dim=1)
         assert torch.equal(want, torch.ones_like(want).tril(lk - lq) if got is None else mask(got, c)), (lq, lk)
 
@@ -157,7 +161,9 @@ def test_table_is_rebuilt_after_a_crop_or_a_loss() -> None:
     m.select(call(1, 82, states=states))
     again = call(1, 81, states=states)
     m.select(again)
-    torch.testing.assert_close(again.state[KEY].open[..., :16], again.k[:, :, 79:].sum(2))
+    table = again.state[KEY]
+    table.chunks(again.k)
+    torch.testing.assert_close(table.open[..., :16], again.k[:, :, 79:].sum(2))
 
 
 def test_state_follows_beams() -> None:

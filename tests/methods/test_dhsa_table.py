@@ -102,3 +102,26 @@ def test_moments_have_the_dtype_of_the_keys(dtype: torch.dtype) -> None:
     want = tight(k.float(), [16, 16, 32]).chunks(k.float()).statistics
     assert got.dtype == dtype and got.isfinite().all() and got.shape[-1] == 24
     torch.testing.assert_close(got.float(), want.clamp(max=torch.finfo(dtype).max), rtol=1e-2, atol=1e-2)
+
+
+def test_the_open_chunk_counts_the_tokens_that_are_there() -> None:
+    """Tokens may be dropped from the cache and replaced, between two looks or before one."""
+    k = torch.randn(2, 2, 40, 16)
+    table = tight(k[:, :, :20], [20])
+    for start, stop in ((20, 21), (21, 25), (23, 24), (24, 30), (20, 26), (22, 40)):
+        k[:, :, start:stop] = torch.randn(2, 2, stop - start, 16)
+        table.grow(start, stop)
+        if (start, stop) != (24, 30):
+            got = table.chunks(k[:, :, :stop])
+            torch.testing.assert_close(got.statistics[:, :, -1, :16], k[:, :, 20:stop].mean(2))
+            assert got.ends[0, -1] == stop
+
+
+def test_the_open_chunk_is_summed_when_somebody_looks() -> None:
+    k = torch.randn(2, 2, 40, 16)
+    table = tight(k[:, :, :20], [20])
+    table.grow(20, 30)
+    table.chunks(k, upto=20)
+    assert table.added == 20
+    table.chunks(k, upto=21)
+    assert table.added == 30
