@@ -70,6 +70,8 @@ def _dense(t: Tensor) -> Tensor:
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False) -> Part:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if mask is not None and q.dtype == torch.float64:
+        mask = mask.double()  # the kernel reads a float32 mask as if it were float64
     o, lse = flash(_dense(q), _dense(k), _dense(v), 0.0, causal, attn_mask=mask, scale=scale)
     return o, lse.float()
 

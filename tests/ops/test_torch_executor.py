@@ -43,11 +43,13 @@ def test_extras(shape, name, extra):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half(name, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "fp16", "fp64"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_other_dtypes(name, dtype, bias):
     for shape in ("B3-H8_2-L111", "B1-H8_2-chunk111of257", "B3-H8_2-decode111"):
         q, k, v = inputs(*SHAPES[shape], dtype=dtype)
-        check(q, k, v, selections(layout_of(q, k))[name], sinks=torch.randn(8))
+        more = {"bias": torch.randn(1, 1, k.shape[2])} if bias else {}
+        check(q, k, v, selections(layout_of(q, k))[name], sinks=torch.randn(8), **more)
 
 
 @pytest.mark.parametrize("name", NAMES)
