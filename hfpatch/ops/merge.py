@@ -33,3 +33,9 @@ def merge(parts: Sequence[Part], sinks: Tensor | None = None) -> Part:
     for (o, _), w in zip(parts[1:], share[1:], strict=True):
         out = torch.addcmul(out, o.to(out.dtype), w[..., None])
     return out, total
+
+
+def mix(a: Part, b: Part) -> Part:
+    """`merge` of two parts in one pass, in their dtype, without gradients; `out` must be 0 where lse is -inf."""
+    share = (b[1] - a[1]).sigmoid_().nan_to_num_(0.0)
+    return torch.lerp(a[0], b[0].to(a[0].dtype), share.to(a[0].dtype)[..., None]), torch.logaddexp(a[1], b[1])

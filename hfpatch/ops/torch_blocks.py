@@ -39,7 +39,8 @@ class Plan:
         full = listed & ((idx + 1) * sel.block_k <= first)
         partial = listed & ~full & (idx * sel.block_k <= last)
         rank = 2 - 2 * full.to(torch.int8) - partial.to(torch.int8)
-        order = idx.gather(-1, rank.argsort(dim=-1, stable=True))
+        sorted_already = bool((rank[..., 1:] >= rank[..., :-1]).all())
+        order = idx if sorted_already else idx.gather(-1, rank.argsort(dim=-1, stable=True))
         count = partial.sum(-1)
         inside = count * sel.block_k == (last - first + 1)[:, 0]
         begins = torch.where(partial, idx * sel.block_k, at.Lk).amin(-1) == first[:, 0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hfpatch.ops.call import Problem
-from hfpatch.ops.merge import Part, merge
+from hfpatch.ops.merge import Part, merge, mix
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Output:
         heads = parts[0][0].shape[1]
         dst_o, dst_lse = self.blocks(n, heads)
         sinks = None if self.sinks is None else self.sinks.view(heads, 1, -1)
-        o, lse = parts[0] if len(parts) == 1 and sinks is None else merge(parts, sinks)
+        if len(parts) <= 2 and sinks is None and not any(t.requires_grad for part in parts for t in part):
+            o, lse = parts[0] if len(parts) == 1 else mix(*parts)
+        else:
+            o, lse = merge(parts, sinks)
         dst_o.copy_(o)
         dst_lse.copy_(lse)
 

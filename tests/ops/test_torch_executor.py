@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import NAMES, check, inputs, layout_of, selections
 
+from hfpatch.ops.merge import merge, mix
+
 SHAPES = {
     "B1-H2_2-L63": (1, 2, 2, 63, 63),
     "B1-H4_1-L257": (1, 4, 1, 257, 257),
@@ -58,3 +60,17 @@ def test_strides(name, layout):
     for shape in ("B3-H8_2-L111", "B3-H8_2-decode111"):
         q, k, v = inputs(*SHAPES[shape], layout=layout)
         check(q, k, v, selections(layout_of(q, k))[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_two_parts_are_mixed_as_any_number_is_merged(dtype):
+    a, b = torch.randn(2, 3, 6, 8).to(dtype)[:2], torch.randn(2, 3, 6, 8).to(dtype)[:2]
+    inf = torch.inf
+    lse_a = torch.tensor([0.0, -inf, 3.0, -inf, 100.0, -100.0]).expand(2, 3, 6)
+    lse_b = torch.tensor([1.0, 2.0, -inf, -inf, -100.0, 100.0]).expand(2, 3, 6)
+    parts = [(o.masked_fill(lse.isinf()[..., None], 0), lse) for o, lse in ((a, lse_a), (b, lse_b))]
+    want, got = merge(parts), mix(*parts)
+    assert got[0].dtype == dtype
+    near = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(got[0], want[0].to(dtype), rtol=near, atol=near)
+    torch.testing.assert_close(got[1], want[1])
