@@ -13,7 +13,7 @@ from hfpatch.ops.torch_kernel import Kernel, lse_of_nothing
 from hfpatch.ops.torch_output import Output, blocked
 from hfpatch.selection import BlockMap
 
-CHUNK_KEYS = 1 << 13
+CHUNK_KEYS = 1 << 14
 
 
 @dataclass(frozen=True)
