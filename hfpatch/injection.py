@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from .cache_crop import kept_by, open_layer
@@ -242,9 +242,15 @@ def check_queries(module: nn.Module) -> None:
     _query_source(module)
 
 
+def is_cache(value: Any) -> bool:
+    """Whether an argument is a cache of keys: releases change the keyword's name, not what it is."""
+    cls = type(value)
+    return issubclass(cls, Cache) or (hasattr(cls, "get_seq_length") and hasattr(cls, "update"))
+
+
 def _add_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     hidden = args[0] if args else kwargs.get("hidden_states")
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    cache = next((x for x in chain(kwargs.values(), args) if is_cache(x)), None)
     kwargs[CONTEXT] = (hidden, cache)
     if module.__dict__[RUNTIME].retains:
         open_layer(cache, getattr(module, "layer_idx", None))

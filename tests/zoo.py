@@ -136,6 +136,18 @@ GPT2 = {
     "tie_word_embeddings": False,
     **TOKENS,
 }
+GPTJ = {
+    "vocab_size": VOCAB,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 1024,
+    "rotary_dim": 8,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    **TOKENS,
+}
 DEEPSEEK = {
     "num_key_value_heads": 4,
     "q_lora_rank": 32,
@@ -195,6 +207,7 @@ def _plain_models() -> list[TinyModel]:
     """Models with full softmax attention in every layer."""
     gpt2 = {"head": "LMHeadModel", "base": {}, "learned_positions": True}
     mqa8 = {**HEAD, "num_attention_heads": 8, "num_key_value_heads": 1}
+    early = {"base": {}, "gqa": 1, "since": (5, 24)}
     return [
         _text("llama", "Llama", {**HEAD, "num_attention_heads": 8}, gqa=4),
         _text("llama-mha", "Llama", {**HEAD, "num_key_value_heads": 4}, gqa=1),
@@ -210,6 +223,8 @@ def _plain_models() -> list[TinyModel]:
         _text("granite", "Granite", {"attention_multiplier": 0.25, "residual_multiplier": 0.7}),
         _text("olmo2", "Olmo2", {}, notes="query and key norm over all heads"),
         _text("smollm3", "SmolLM3", {"no_rope_layers": [1, 1, 0]}, notes="no rotary in layer 2"),
+        _text("gptj", "GPTJ", GPTJ, notes="parallel residual; partial interleaved rotary", **early),
+        _text("codegen", "CodeGen", GPTJ, notes="one fused qkv projection in four parts", **early),
     ]
 
 
@@ -267,13 +282,12 @@ def _vision_models() -> list[TinyModel]:
 def _refused_models() -> list[TinyModel]:
     """Models whose attention does not go through the attention interface."""
     bloom = {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4, **TOKENS}
-    gptj = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, **TOKENS}
     mamba = {"vocab_size": VOCAB, "hidden_size": 64, "state_size": 8, "num_hidden_layers": 2, **TOKENS}
     falcon = {"new_decoder_architecture": False, "multi_query": True, "alibi": False, "num_hidden_layers": 2}
     return [
         _text("bloom", "Bloom", bloom, base={}, gqa=1, full_layers=[0, 1], notes="ALiBi"),
         _text("falcon", "Falcon", falcon, gqa=4, full_layers=[0, 1]),
-        _text("gptj", "GPTJ", gptj, base={}, gqa=1, full_layers=[0, 1]),
+        _text("gptj", "GPTJ", GPTJ, base={}, gqa=1),
         _text("mamba", "Mamba", mamba, base={}, gqa=1, full_layers=[], notes="no attention"),
     ]
 
@@ -284,7 +298,7 @@ SUPPORTED: dict[str, TinyModel] = {
     for tiny in _plain_models() + _sliding_models() + _hybrid_models() + _vision_models()
     if tiny.since <= RELEASE
 }
-REFUSED: dict[str, TinyModel] = {tiny.name: tiny for tiny in _refused_models()}
+REFUSED: dict[str, TinyModel] = {tiny.name: tiny for tiny in _refused_models() if tiny.name not in SUPPORTED}
 
 
 def prompt(model: PreTrainedModel, batch: int = 1, length: int = 63, seed: int = 0) -> Tensor:

@@ -114,6 +114,8 @@ class _Reader:
             return self._step(node.args[0])
         if name in PROJECTIONS or "proj" in name:
             self._step(node.args[0])
+            if len(node.args) > 1:
+                self._other(node, False)
             self.projected = True
             return False
         self._other(node, False)

@@ -3,6 +3,9 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from ..injection import dispatching_function
 
 
 def text_config(model: nn.Module) -> Any:
@@ -14,3 +17,10 @@ def text_config(model: nn.Module) -> Any:
 def query_heads(model: nn.Module) -> int | None:
     """Query heads of a layer as the config has them, or None."""
     return getattr(text_config(model), "num_attention_heads", None)
+
+
+def modeling_names(model: nn.Module) -> dict[str, Any]:
+    """The names of the file that defines the text decoder's attention; none for a module without one."""
+    get_decoder: Any = getattr(model, "get_decoder", lambda: model)
+    found = (dispatching_function(m) for m in get_decoder().modules() if not isinstance(m, PreTrainedModel))
+    return next((f.__globals__ for f in found if f is not None), {})

@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..method import Method
 from ..registry import register_method
 from ..selection import Causal, Rows, Selection
-from ._model import text_config
+from ._model import modeling_names, text_config
 
 KEY = "dhsa"
 LEAST_BLOCK, MOST_BLOCK = 16, 256
@@ -144,7 +144,7 @@ class Dhsa(Method):
             self.predictor = load_predictor(s.predictor)
         if self.predictor is not None:
             self.predictor.check(model)
-        self.rotary = Rotary.of(text_config(model))
+        self.rotary = Rotary.of(text_config(model), modeling_names(model))
         span = s.share_span or len(layers)
         if s.share != "none":
             self._leader = {layer: layers[n // span * span] for n, layer in enumerate(layers)}

@@ -244,7 +244,7 @@ def test_mass_finds_one_strong_key_that_a_mean_hides() -> None:
     assert int(mass.argmax()) == 2 and bool(mass.isfinite().all())
 
 
-@pytest.mark.parametrize("rotary", [Rotary(), Rotary(share=0.5), Rotary(tail=6)], ids=str)
+@pytest.mark.parametrize("rotary", [Rotary(), Rotary(share=0.5), Rotary(tail=6), Rotary(interleaved=True)], ids=str)
 def test_mass_does_not_depend_on_where_positions_begin(rotary: Rotary) -> None:
     """Turning queries and keys by the same angles, as left padding does, changes no score."""
     k, q, upto = torch.randn(1, 2, 96, 16), torch.randn(1, 4, 3, 16), torch.tensor([32, 64, 96])
@@ -252,10 +252,14 @@ def test_mass_does_not_depend_on_where_positions_begin(rotary: Rotary) -> None:
     start, half = (10 if rotary.tail else 0), turned // 2
     angle = torch.rand(half) * 6
 
+    one, other = slice(start, start + half), slice(start + half, start + turned)
+    if rotary.interleaved:
+        one, other = slice(start, start + turned, 2), slice(start + 1, start + turned, 2)
+
     def turn(x: Tensor) -> Tensor:
-        a, b, x = x[..., start : start + half], x[..., start + half : start + turned], x.clone()
-        x[..., start : start + half] = a * angle.cos() - b * angle.sin()
-        x[..., start + half : start + turned] = a * angle.sin() + b * angle.cos()
+        a, b, x = x[..., one], x[..., other], x.clone()
+        x[..., one] = a * angle.cos() - b * angle.sin()
+        x[..., other] = a * angle.sin() + b * angle.cos()
         return x
 
     def scores(q: Tensor, k: Tensor) -> Tensor:

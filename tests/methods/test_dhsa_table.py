@@ -52,13 +52,17 @@ def test_chunk_sums_of_ragged_rows(segment: int, dtype: torch.dtype, monkeypatch
     assert torch.equal(k, before), "keys are left as they are"
 
 
-@pytest.mark.parametrize("rotary", [Rotary(), Rotary(share=0.5), Rotary(tail=6)], ids=str)
+@pytest.mark.parametrize("rotary", [Rotary(), Rotary(share=0.5), Rotary(tail=6), Rotary(interleaved=True)], ids=str)
 def test_moments_are_means_and_variances_per_plane(rotary: Rotary) -> None:
     k = torch.randn(2, 3, 30, 16)
     chunks = tight(k, [4, 16, 10], rotary).chunks(k)
     turned = 6 if rotary.tail else int(16 * rotary.share)
     start = 10 if rotary.tail else 0
-    planes = [[c] for c in range(start)] + [[c, c + turned // 2] for c in range(start, start + turned // 2)]
+    planes = [[c] for c in range(start)]
+    if rotary.interleaved:
+        planes += [[c, c + 1] for c in range(start, start + turned, 2)]
+    else:
+        planes += [[c, c + turned // 2] for c in range(start, start + turned // 2)]
     planes += [[c] for c in range(start + turned, 16)]
     for n, (low, high) in enumerate(((0, 4), (4, 20), (20, 30))):
         x = k[:, :, low:high]

@@ -37,15 +37,17 @@ class Ungated(next_.Qwen3NextAttention):
         position_embeddings: Any,
         attention_mask: Any,
         past_key_values: Any = None,
+        cache: Any = None,
         **kw: Any,
     ) -> Any:
+        cache = past_key_values if cache is None else cache
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         q, k = next_.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kw)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -94,7 +96,6 @@ NATIVE = [
     "dots3_note",
     "hrm_text",
     "hy_v4",
-    "inkling2",
     "laguna",
     "lfm3",
     "qwen3_5",
@@ -102,7 +103,13 @@ NATIVE = [
     "qwen4_exp",
     "step3p7",
 ]
-BUSY = {"bitnet": "attn_sub_norm", "diffllama": "groupnorm", "jetmoe": "experts.reduce", "deepseek_v4": "rotary"}
+BUSY = {
+    "inkling2": "hidden_states",
+    "bitnet": "attn_sub_norm",
+    "diffllama": "groupnorm",
+    "jetmoe": "experts.reduce",
+    "deepseek_v4": "rotary",
+}
 PLAIN = [
     "llama",
     "gemma2",
