@@ -1,5 +1,7 @@
 """patch_model, unpatch_model, patched, get_patch: the front door."""
 
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,48 +12,38 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .call import Span
-from .config import MethodConfig
-from .errors import (
-    AlreadyPatchedError,
-    ConfigError,
-    NothingPatchedError,
-    NotPatchedError,
-    UnsupportedModelError,
-)
-from .injection import AttentionLayer, Survey, attach, check_queries, detach, survey
-from .layers import parse_layers
-from .method import Method, check_compatible
-from .ops import list_executors
+from .errors import AlreadyPatchedError, ConfigError, NotPatchedError
+from .injection import attach, close_forwards, detach, open_forwards, runtime_of
+from .method import Method
 from .patch_config import PatchConfig
 from .pipeline import LayerRuntime
-from .registry import get_method, make_config
+from .planning import MethodLike, Planned, plan_patch, prepare, prepare_methods
 from .report import LayerLine, Report
+from .survey import survey
+
+__all__ = ["Patch", "get_patch", "patch_model", "patched", "patched_with", "plan_patch", "unpatch_model"]
 
 HANDLE = "_hfpatch_patch"
+NO_SHARING = "layers share nothing: the text decoder takes no further keywords to carry it"
 ModelT = TypeVar("ModelT", bound=nn.Module)
-MethodLike = str | MethodConfig
+_lock = threading.RLock()
+_handles: "weakref.WeakKeyDictionary[LayerRuntime, weakref.ref[Patch]]" = weakref.WeakKeyDictionary()
 
 
 class Patch:
     """The handle of a patched model: report, config, save, undo."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: PatchConfig,
-        methods: list[Method],
-        found: Survey,
-        plan: list[tuple[AttentionLayer, LayerRuntime]],
-        skipped: list[tuple[str, str]],
-    ) -> None:
-        self._model, self._config, self.methods = model, config, methods
-        self._survey, self._plan, self._skipped = found, plan, skipped
+    def __init__(self, model: nn.Module, planned: Planned) -> None:
+        self._model, self._planned, self.methods = model, planned, planned.methods
+        self._warnings: list[str] = []
+        self._below: Patch | None = None
 
     @property
     def config(self) -> PatchConfig:
         """What was patched, with the tensors the methods have learned."""
+        own = self._planned.config
         tensors = {f"{n}.{k}": t for n, m in enumerate(self.methods) for k, t in m.tensors().items()}
-        return PatchConfig(self._config.methods, self._config.base_model_name_or_path, tensors)
+        return PatchConfig(own.methods, own.base_model_name_or_path, tensors)
 
     @property
     def layers(self) -> list[int]:
@@ -65,15 +57,17 @@ class Patch:
             for layer, rt in self._plan
             for phase, stats in sorted(rt.stats.items())
         ]
+        seen = sum((rt.notes for _, rt in self._plan), Counter[str]())
         notes = [note for m in self.methods for note in m.notes()]
-        return Report(
-            type(self._model).__name__, self._survey.num_layers, len(self._plan), lines, self._skipped, notes
-        )
+        notes += [f"{what} ({n} calls)" for what, n in seen.items()] + self._warnings
+        layers, skipped = self._planned.survey.num_layers, self._planned.skipped
+        return Report(type(self._model).__name__, layers, len(self._plan), lines, skipped, notes)
 
     def reset_report(self) -> None:
         """Set all counts to zero."""
         for _, runtime in self._plan:
             runtime.stats.clear()
+            runtime.notes.clear()
 
     @contextmanager
     def spans(self, **places: Sequence[Span]) -> Iterator[None]:
@@ -83,7 +77,8 @@ class Patch:
         part. `dhsa` attends densely from the start of "question" on. Raises ConfigError.
         """
         for name, rows in places.items():
-            if not rows or not all(p is None or (len(p) == 2 and 0 <= p[0] < p[1]) for p in rows):
+            listed = isinstance(rows, (list, tuple)) and len(rows) > 0
+            if not listed or not all(p is None or _is_span(p) for p in rows):
                 raise ConfigError(f"spans: {name} takes one (start, stop) per row, with 0 <= start < stop, or None.")
         before = [runtime.spans for _, runtime in self._plan]
         for _, runtime in self._plan:
@@ -104,19 +99,41 @@ class Patch:
 
     def unpatch(self) -> None:
         """Give the model back as it was. Raises NotPatchedError when it no longer carries this patch."""
-        if self._model.__dict__.get(HANDLE) is not self:
-            raise NotPatchedError("This patch has been undone already.")
-        self._detach()
+        with _lock:
+            if not self._attached:
+                raise NotPatchedError("This patch has been undone already.")
+            self._detach()
+
+    @property
+    def _plan(self) -> Any:
+        return self._planned.layers
+
+    @property
+    def _attached(self) -> bool:
+        return all(runtime_of(layer.module) is runtime for layer, runtime in self._plan)
 
     def _attach(self) -> None:
-        for layer, runtime in self._plan:
-            attach(layer.module, runtime)
-        self._model.__dict__[HANDLE] = self
+        """Patch the model, or leave it as it was when that is cut short. Raises AlreadyPatchedError."""
+        taken = [layer.name for layer, _ in self._plan if runtime_of(layer.module) is not None]
+        if taken:
+            raise _already(f"{taken[0]} of the model")
+        try:
+            for layer, runtime in self._plan:
+                attach(layer.module, runtime)
+                _handles[runtime] = weakref.ref(self)
+            if any("forward" in runtime.needs for _, runtime in self._plan):
+                self._warnings = [] if open_forwards(self._planned.survey.root) else [NO_SHARING]
+            vars(self._model)[HANDLE] = self
+        except BaseException:
+            self._detach()
+            raise
 
     def _detach(self) -> None:
         for layer, _ in self._plan:
             detach(layer.module)
-        del self._model.__dict__[HANDLE]
+        close_forwards(self._planned.survey.root)
+        if vars(self._model).get(HANDLE) is self:
+            del vars(self._model)[HANDLE]
 
     def __getattr__(self, name: str) -> Any:
         for method in self.__dict__.get("methods", ()):
@@ -126,7 +143,7 @@ class Patch:
 
     def __repr__(self) -> str:
         names = ", ".join(m.name for m in self.methods)
-        return f"Patch({names}; {len(self._plan)} of {self._survey.num_layers} layers)"
+        return f"Patch({names}; {len(self._plan)} of {self._planned.survey.num_layers} layers)"
 
 
 def patch_model(model: ModelT, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any) -> ModelT:
@@ -135,24 +152,25 @@ def patch_model(model: ModelT, method: MethodLike | PatchConfig | Sequence[Metho
     `method`: a method or preset name with its settings, a config, or a list of these composed in order.
     Raises HfpatchError subclasses before anything is touched.
     """
-    if HANDLE in getattr(model, "__dict__", {}):
-        raise AlreadyPatchedError(
-            "The model carries a patch already; call unpatch_model(model) first, pass a list to combine methods, "
-            "or use `with patched(model, ...)` to replace the patch for a while."
-        )
-    _prepare(model, method, settings)._attach()
+    if isinstance(model, nn.Module) and any(runtime_of(m) is not None for m in model.modules()):
+        raise _already("The model")
+    patch = Patch(model, prepare(model, method, settings))
+    with _lock:
+        patch._attach()
     return model
 
 
 def unpatch_model(model: ModelT) -> ModelT:
     """Give the model back bit for bit as it was. Raises NotPatchedError."""
-    get_patch(model).unpatch()
+    with _lock:
+        get_patch(model).unpatch()
     return model
 
 
 def get_patch(model: nn.Module) -> Patch:
-    """The handle of a patched model. Raises NotPatchedError."""
-    patch = getattr(model, "__dict__", {}).get(HANDLE)
+    """The handle of a patched model, whichever object around its layers was patched. Raises NotPatchedError."""
+    with _lock:
+        patch = _carried(model)
     if patch is None:
         raise NotPatchedError("The model carries no patch; call patch_model(model, ...) first.")
     return patch
@@ -163,120 +181,95 @@ def patched(
     model: nn.Module, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any
 ) -> Iterator[Patch]:
     """Patch the model inside a `with` block; a patch it carried before is put aside and comes back."""
-    with _in_place_of_any(model, _prepare(model, method, settings)) as patch:
+    with _in_place_of_any(model, Patch(model, prepare(model, method, settings))) as patch:
         yield patch
 
 
 @contextmanager
 def patched_with(model: nn.Module, methods: list[Method]) -> Iterator[Patch]:
     """As `patched`, with methods the caller made: for calibration, whose methods are no one's to load."""
-    with _in_place_of_any(model, _prepare_methods(model, PatchConfig([m.config for m in methods]), methods)) as patch:
+    planned = prepare_methods(model, PatchConfig([m.config for m in methods]), methods)
+    with _in_place_of_any(model, Patch(model, planned)) as patch:
         yield patch
 
 
 @contextmanager
 def _in_place_of_any(model: nn.Module, patch: Patch) -> Iterator[Patch]:
-    before = model.__dict__.get(HANDLE)
-    if before is not None:
-        before._detach()
-    patch._attach()
+    with _lock:
+        patch._below = _carried(model)
+        _exchange(patch._below, patch)
     try:
         yield patch
     finally:
-        if model.__dict__.get(HANDLE) is not None:
-            get_patch(model)._detach()
-        if before is not None:
-            before._attach()
+        with _lock:
+            _leave(model, patch)
 
 
-def plan_patch(
-    model: nn.Module, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any
-) -> list[tuple[AttentionLayer, str]]:
-    """What patching would do, without doing it: every attention layer with its methods or the reason for none."""
-    found = survey(model)
-    methods = _build(_as_config(method, settings))
-    chosen, why = _assign(methods, found)
-    return [(x, "+".join(m.name for m in chosen[n]) or why[n]) for n, x in enumerate(found.layers)]
+def _exchange(old: Patch | None, new: Patch | None) -> None:
+    """Put `new` in the place of `old`; `old` stays if that fails."""
+    try:
+        if old is not None:
+            old._detach()
+        if new is not None:
+            new._attach()
+    except BaseException:
+        if old is not None and not old._attached:
+            old._detach()
+            old._attach()
+        raise
 
 
-def _as_config(method: Any, settings: dict[str, Any]) -> PatchConfig:
-    if isinstance(method, str):
-        return PatchConfig([make_config(method, settings)])
-    if settings:
-        raise ConfigError(
-            f"Settings ({', '.join(settings)}) go with a method's name; put them into the config instead."
-        )
-    if isinstance(method, PatchConfig):
-        return method
-    if isinstance(method, MethodConfig):
-        return PatchConfig([method])
-    if isinstance(method, (list, tuple)) and method:
-        configs = [make_config(m, {}) if isinstance(m, str) else m for m in method]
-        if all(isinstance(c, MethodConfig) for c in configs):
-            return PatchConfig(configs)
-    raise ConfigError(f"patch_model takes a method name, a config or a non-empty list of these, not {method!r:.80}.")
+def _leave(model: nn.Module, patch: Patch) -> None:
+    """End the block of `patch`: what it covered comes back, unless a block entered later still covers it."""
+    top = above = _carried(model)
+    while above is not None and above is not patch and above._below is not patch:
+        above = above._below
+    if above is None or above is patch:
+        _exchange(top, patch._below)
+    else:
+        above._below = patch._below
 
 
-def _build(config: PatchConfig) -> list[Method]:
-    methods = []
-    for n, c in enumerate(config.methods):
-        own = {k.split(".", 1)[1]: t for k, t in config.tensors.items() if k.split(".", 1)[0] == str(n)}
-        methods.append(get_method(c.method)(c, own))
-    return methods
+def _carried(model: Any) -> Patch | None:
+    """The patch on the model's layers; a handle made anew where they were patched through an object that is gone.
 
-
-def _assign(methods: list[Method], found: Survey) -> tuple[list[list[Method]], list[str]]:
-    """Methods per attention layer, and for layers without any the reason."""
-    chosen: list[list[Method]] = [[] for _ in found.layers]
-    why = ["not chosen"] * len(found.layers)
-    for method in methods:
-        wanted = set(parse_layers(method.config.layers, found.num_layers))
-        picked = set(method.pick([x.index for x in found.layers if x.index in wanted and x.kind in method.kinds]))
-        for n, layer in enumerate(found.layers):
-            if layer.index in picked and layer.kind in method.kinds:
-                chosen[n].append(method)
-            elif layer.index in wanted:
-                left = layer.kind not in method.kinds
-                why[n] = f"{layer.kind} attention" if left else f"left dense by {method.name}"
-    return chosen, why
-
-
-def _check_executors(config: PatchConfig) -> None:
-    known = [e.name for e in list_executors()]
-    for c in config.methods:
-        if c.executor is not None and c.executor not in known:
-            raise ConfigError(f"{c.method}: executor={c.executor!r} is not one of {', '.join(map(repr, known))}.")
-
-
-def _prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Patch:
+    Raises NotPatchedError where the model has only a part of the patched layers.
+    """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"Expected a loaded Transformers model, not {type(model).__name__}.")
-    config = _as_config(method, settings)
-    return _prepare_methods(model, config, _build(config))
-
-
-def _prepare_methods(model: nn.Module, config: PatchConfig, methods: list[Method]) -> Patch:
-    _check_executors(config)
-    found = survey(model)
-    chosen, why = _assign(methods, found)
-    for some in chosen:
-        check_compatible(some)
-    if not any(chosen):
-        reasons = ", ".join(f"{n} x {r}" for r, n in Counter(why).items())
-        raise NothingPatchedError(
-            f"{'+'.join(m.name for m in methods)} would patch none of the {len(found.layers)} attention layers of "
-            f"{type(model).__name__} ({reasons}); choose other `layers` or a method that acts on these."
+        return None
+    own = vars(model).get(HANDLE)
+    if isinstance(own, Patch) and own._attached:
+        return own
+    carried = {id(m): rt for m in model.modules() if (rt := runtime_of(m)) is not None}
+    if not carried:
+        return None
+    first = next(iter(carried.values()))
+    if len(carried) < first.patched:
+        raise NotPatchedError(
+            f"{len(carried)} of {first.patched} patched layers are in this {type(model).__name__}; call with the "
+            "model they belong to."
         )
-    for n, some in enumerate(chosen):
-        if any("queries" in m.needs for m in some):
-            check_queries(found.layers[n].module)
-    for m in methods:
-        m.prepare(model, [x.index for n, x in enumerate(found.layers) if m in chosen[n]])
-    plan = [
-        (x, LayerRuntime(x.name, x.index, found.num_layers, chosen[n]))
-        for n, x in enumerate(found.layers)
-        if chosen[n]
-    ]
-    skipped = found.skipped + [(x.name, why[n]) for n, x in enumerate(found.layers) if not chosen[n]]
-    name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None) or None
-    return Patch(model, PatchConfig(config.methods, name, config.tensors), methods, found, plan, skipped)
+    known = _handles.get(first)
+    handle = known() if known is not None else None
+    return handle if handle is not None and handle._attached else _adopt(model, carried)
+
+
+def _adopt(model: nn.Module, carried: dict[int, LayerRuntime]) -> Patch:
+    found = survey(model)
+    plan = [(x, carried[id(x.module)]) for x in found.layers if id(x.module) in carried]
+    methods = list(dict.fromkeys(m for _, runtime in plan for m in runtime.methods))
+    skipped = found.skipped + [(x.name, "not chosen") for x in found.layers if id(x.module) not in carried]
+    return Patch(model, Planned(PatchConfig([m.config for m in methods]), methods, found, plan, skipped))
+
+
+def _already(what: str) -> AlreadyPatchedError:
+    return AlreadyPatchedError(
+        f"{what} carries a patch already, perhaps put on through another object that shares its layers; call "
+        "unpatch_model(model) first, pass a list to combine methods, or use `with patched(model, ...)` to replace the "
+        "patch for a while."
+    )
+
+
+def _is_span(place: Any) -> bool:
+    pair = isinstance(place, (list, tuple)) and len(place) == 2
+    return pair and all(isinstance(n, int) and not isinstance(n, bool) for n in place) and 0 <= place[0] < place[1]

@@ -1,8 +1,10 @@
 """What methods remember between prefill and decode: kept on the cache, so it dies, copies and reorders with it.
 
 Transformers' cache layers are moved through `reorder_cache`, `crop`, `reset` and the batch operations; the
-layer that carries state is given a subclass of its own class that moves the state along.
-Tensors in a state have rows first and are indexed; objects may define `reorder(index)` and `crop(length)`.
+layer that carries state is given a subclass of its own class that moves the state along. Keys changed in any other
+way (sliced, permuted or overwritten by hand) are noticed at the next `update`, and all that was remembered is dropped.
+Tensors in a state have rows first and are indexed; objects may define `reorder(index)` and `crop(length)`. What has
+been worked out from keys must define `crop`: it is dropped when the row no longer begins with those keys.
 """
 
 from collections.abc import Callable
@@ -12,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache_slot import layers_of
+
 State = dict[str, Any]
 Rows = tuple[int, ...]
+FITS = "hfpatch-fits"
 
 
 def _take(value: Any, index: Tensor) -> Any:
@@ -51,6 +56,29 @@ def split_states(states: dict[Rows, State], rows: Rows) -> None:
                 _put(states, part, state, [whole.index(r) for r in part])
 
 
+def keep_fitting(states: dict[Rows, State], rows: Rows, start: int, first: int) -> bool:
+    """Drop what was worked out from keys, for `rows` whose tokens now begin at `start` and whose new ones at `first`.
+
+    Kept if the tokens began there before and none of those known is to come anew; tells whether something was dropped.
+    """
+    dropped = False
+    for own, state in states.items():
+        known = state.get(FITS)
+        if known is None or not set(own) <= set(rows) or (known[0] == start and known[1] <= first):
+            continue
+        for name in [n for n, value in state.items() if hasattr(value, "crop")]:
+            del state[name]
+            dropped = True
+    return dropped
+
+
+def note_fitting(states: dict[Rows, State], rows: Rows, start: int, stop: int) -> None:
+    """Record that the states of `rows` speak of the tokens `start .. stop` of the cache."""
+    for own, state in states.items():
+        if state and set(own) <= set(rows):
+            state[FITS] = (start, stop)
+
+
 def _move(layer: Any, source: list[int]) -> None:
     layer.hfpatch_states = {name: _moved(states, source) for name, states in layer.hfpatch_states.items()}
 
@@ -72,13 +100,20 @@ def _crop(layer: Any, *args: Any, **kwargs: Any) -> None:
     length = int(layer.get_seq_length())
     for states in layer.hfpatch_states.values():
         for state in states.values():
+            start, stop = state.get(FITS, (0, length))
             for value in state.values():
                 if hasattr(value, "crop"):
-                    value.crop(length)
+                    value.crop(max(length - start, 0))
+            if FITS in state:
+                state[FITS] = (start, min(stop, length))
 
 
-def _reset(layer: Any) -> None:
+def _reset(layer: Any, *args: Any, **kwargs: Any) -> None:
     layer.hfpatch_states = {}
+
+
+def _stay(layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Keys that only move to another device."""
 
 
 _FOLLOW: dict[str, Callable[..., None]] = {
@@ -87,16 +122,56 @@ _FOLLOW: dict[str, Callable[..., None]] = {
     "batch_repeat_interleave": _repeat,
     "crop": _crop,
     "reset": _reset,
+    "offload": _stay,
+    "prefetch": _stay,
 }
 
 
 def _then(original: Callable[..., None], follow: Callable[..., None]) -> Callable[..., None]:
     @wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_keys(self)
         original(self, *args, **kwargs)
         follow(self, *args, **kwargs)
+        mark_keys(self)
 
     return method
+
+
+def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_keys(self)
+        out = original(self, *args, **kwargs)
+        mark_keys(self)
+        return out
+
+    return update
+
+
+def mark_keys(layer: Any) -> None:
+    """Remember which keys the states have been made from."""
+    keys = getattr(layer, "keys", None)
+    layer.hfpatch_mark = (keys, _version(keys))
+
+
+def check_keys(layer: Any) -> None:
+    """Drop the states if the keys have been changed since, and let go of the keys that were remembered."""
+    mark = layer.__dict__.pop("hfpatch_mark", None)
+    keys = getattr(layer, "keys", None)
+    if mark is not None and (mark[0] is not keys or mark[1] != _version(keys)) and any(layer.hfpatch_states.values()):
+        layer.hfpatch_states, layer.hfpatch_lost = {}, True
+
+
+def _version(keys: Any) -> int | None:
+    known = isinstance(keys, Tensor) and not torch.compiler.is_compiling() and not keys.is_inference()
+    return keys._version if known else None
+
+
+def _set_state(layer: Any, state: dict[str, Any]) -> None:
+    layer.__dict__.update(state)
+    if "hfpatch_mark" in state:  # a copied tensor counts its changes anew
+        mark_keys(layer)
 
 
 def _restore(cls: type) -> Any:
@@ -112,23 +187,33 @@ def following(cls: type) -> type:
     Transformers registers every subclass that has one.
     """
     body: dict[str, Any] = {n: _then(getattr(cls, n), f) for n, f in _FOLLOW.items() if hasattr(cls, n)}
+    if hasattr(cls, "update"):
+        body["update"] = _watched(cls.update)
+    body["__setstate__"] = _set_state
     body["__reduce_ex__"] = lambda self, protocol: (_restore, (cls,), self.__dict__)
     return type(cls)(f"Hfpatch{cls.__name__}", (cls,), {**body, "__module__": __name__, "_layer_type": None})
 
 
-def cache_layer(cache: Any, layer_idx: int | None) -> Any | None:
+def cache_layer(cache: Any, slot: int | None) -> Any | None:
     """The cache's layer of that index, if it has one."""
-    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
-    return None if layers is None or layer_idx is None or layer_idx >= len(layers) else layers[layer_idx]
+    layers = layers_of(cache)
+    return layers[slot] if slot is not None and 0 <= slot < len(layers) else None
 
 
-def cache_states(cache: Any, layer_idx: int | None, name: str) -> dict[Rows, State]:
-    """States of the attention module `name` kept with `cache`, by batch rows; a fresh dict without a cache."""
-    layer = cache_layer(cache, layer_idx)
+def cache_states(cache: Any, slot: int | None, name: str) -> dict[Rows, State]:
+    """States called `name` kept with a layer of the cache, by batch rows; a fresh dict without a cache."""
+    layer = cache_layer(cache, slot)
     if layer is None:
         return {}
     if not hasattr(layer, "hfpatch_states"):
         layer.hfpatch_states = {}
         cls: Any = type(layer)
         layer.__class__ = following(cls)
+        mark_keys(layer)
     return layer.hfpatch_states.setdefault(name, {})
+
+
+def was_lost(cache: Any, slot: int | None) -> bool:
+    """Whether states have been dropped since last asked, because somebody else changed the layer's keys."""
+    layer = cache_layer(cache, slot)
+    return layer is not None and layer.__dict__.pop("hfpatch_lost", False)

@@ -13,6 +13,13 @@ from .selection import Layout, Selection, pairs
 Span = tuple[int, int] | None
 
 
+class Forward:
+    """What the layers of one forward pass of the model share; it lives as long as the pass."""
+
+    def __init__(self) -> None:
+        self.shared: dict[Any, Any] = {}
+
+
 @dataclass(eq=False)
 class AttentionCall:
     """One layer call for rows that share their padding; query `n` sits at position `off + n`.
@@ -23,7 +30,7 @@ class AttentionCall:
     decode and dies with the cache. `spans` are the places named by `Patch.spans`, per row `(start, stop)` in its real
     tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`). From `output` on,
     `selection` is what the call ran with and `lse [B, Hq, Lq]` its log-sum-exp; it may be None after dense attention
-    unless a method's `needs` name "lse".
+    unless a method's `needs` name "lse". `forward` is there for methods whose `needs` name "forward".
     """
 
     layer: int
@@ -44,6 +51,7 @@ class AttentionCall:
     spans: Mapping[str, Sequence[Span]] | None = None
     selection: Selection | None = None
     lse: Tensor | None = None
+    forward: Forward | None = None
     states: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -106,6 +114,19 @@ class AttentionCall:
     def k_pos(self) -> Tensor:
         """Key positions `[Lk]`."""
         return torch.arange(self.Lk, device=self.q.device)
+
+    def step(self, n: int) -> "AttentionCall":
+        """The decode step of query `n`: it and the keys up to its own."""
+        stop = self.off + n + 1
+        return replace(
+            self,
+            phase="decode",
+            q=self.q[:, :, n : n + 1],
+            k=self.k[:, :, :stop],
+            v=self.v[:, :, :stop],
+            hidden=None if self.hidden is None else self.hidden[:, n : n + 1],
+            queries=None if self.queries is None else self.queries[:, n : n + 1],
+        )
 
     def take(self, rows: list[int]) -> "AttentionCall":
         """The same call for some of its rows (positions within this call)."""

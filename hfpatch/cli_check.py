@@ -14,8 +14,8 @@ from .config import MethodConfig
 from .errors import ConfigError, HfpatchError
 from .evals.models import load_model
 from .evals.variants import Variant, make_variant
-from .injection import Survey, survey
 from .registry import list_methods
+from .survey import Survey, survey
 
 
 def show_check(name: str, model: Any, variants: Sequence[Variant]) -> None:

@@ -18,11 +18,12 @@ class Method:
     """Override any of `select`, `bias`, `regroup`, `output`, `route`, `observe`, `retain`; the rest stays dense.
 
     One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
-    (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases (a chunk counts as prefill),
-    `needs` may name "lse" and "queries" (before RoPE). `causality` says what a later token can change for an earlier
-    one: "yes" nothing, "tile" which keys the queries of its own block see, "no" anything. `retains` switches
-    `retain` on. `drives` names the methods
-    that run the model themselves; `get_patch(model).<name>(...)` calls them with the model first.
+    (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases: a chunk after a cache counts as
+    prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "queries" (before RoPE) and
+    "forward" (what layers share in a pass). `causality` says what a later token can change for an earlier one: "yes"
+    nothing, "tile" which keys the queries of its own block see, "no" anything. `retains` switches `retain` on.
+    `positional` methods give sinks and windows, worked out from sizes alone, and compile into one graph. `drives`
+    names the methods that run the model themselves; `get_patch(model).<name>(...)` calls them with the model first.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
@@ -32,6 +33,7 @@ class Method:
     kinds: ClassVar[frozenset[str]] = frozenset({"full"})
     drives: ClassVar[frozenset[str]] = frozenset()
     stateful: ClassVar[bool] = False
+    positional: ClassVar[bool] = False
     trained: ClassVar[bool] = False
 
     _points: ClassVar[frozenset[str]] = frozenset()

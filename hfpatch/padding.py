@@ -1,13 +1,14 @@
 """Reading the padding out of the mask the model made, and splitting a batch into rows without padding."""
 
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .last_answer import LastAnswer
+
 _CHUNK = 1 << 24
-_memo: tuple["weakref.ref[Tensor]", int | None, int, "list[RowGroup] | str", set[int]] | None = None
+_last: "LastAnswer[list[RowGroup] | str]" = LastAnswer()
 
 
 class RowGroup(NamedTuple):
@@ -23,23 +24,11 @@ def row_groups(mask: Tensor | None, batch: int, lq: int, total: int, asker: int 
 
     `mask` is None (causal, no padding), `[B, >=total]` of ones and zeros, or `[B, 1, Lq, >=total]` as bool
     (True = keep) or additive float. A 4-D mask that is anything but causality and padding gives a reason.
-    The answer for the last mask is remembered, since all layers of a forward share one. Inference tensors do not
-    tell when they change: there each `asker` (a layer) is given an answer once, then the mask is read again.
+    The answer for the last mask is remembered, since all layers of a forward share one; `asker` is the layer.
     """
-    global _memo
     if mask is None:
         return [RowGroup(tuple(range(batch)), 0, total)]
-    version = None if mask.is_inference() else mask._version
-    memo = _memo
-    if memo is not None and memo[0]() is mask and memo[1:3] == (version, total):
-        if version is not None:
-            return memo[3]
-        if asker is not None and asker not in memo[4]:
-            memo[4].add(asker)
-            return memo[3]
-    answer = _read(mask, batch, lq, total)
-    _memo = (weakref.ref(mask), version, total, answer, set() if asker is None else {asker})
-    return answer
+    return _last.of(mask, (batch, lq, total), asker, lambda: _read(mask, batch, lq, total))
 
 
 def _read(mask: Tensor, batch: int, lq: int, total: int) -> list[RowGroup] | str:
@@ -51,7 +40,7 @@ def _read(mask: Tensor, batch: int, lq: int, total: int) -> list[RowGroup] | str
         mask = mask[:, 0, :, :total]
         valid = _kept(mask[:, -1])
     else:
-        return f"a mask of shape {list(mask.shape)}"
+        return "a mask that differs between heads" if mask.ndim == 4 and mask.shape[1] > 1 else "an unusual mask"
     ranges = _ranges(valid.expand(batch, total))
     if isinstance(ranges, str):
         return ranges

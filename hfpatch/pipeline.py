@@ -1,26 +1,31 @@
 """Runs one attention call: route, select, attend, regroup, output, observe."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .attention_source import AttentionSource
 from .cache_crop import check_croppable, crop_layer
-from .cache_state import split_states
+from .cache_state import keep_fitting, note_fitting, split_states, was_lost
 from .call import AttentionCall, Span
+from .compiled import compiled_step, compiles
 from .errors import CacheError, InputError
-from .injection import RawCall, is_compiling
 from .method import Method
 from .one_query import beats_sdpa, one_query, serves
 from .ops import attend
 from .padding import RowGroup
+from .raw_call import RawCall, is_compiling
 from .regroup import Columns, regroup
 from .report import PhaseStats
 from .selection import Selection, SinkWindow, intersect
 
 _START = "hfpatch-start"
+FEW = 32  # tokens at once after a cache that count as decode steps: what a speculating helper proposes
 
 
 class Chain:
@@ -33,6 +38,7 @@ class Chain:
         self.outputs = [m for m in methods if "output" in m.points()]
         self.observers = [m for m in methods if "observe" in m.points()]
         self.stateful = any(m.stateful for m in methods)
+        self.stepless = not self.stateful and all(m.causality == "yes" for m in methods)
         self.needs_lse = any("lse" in m.needs for m in methods)
         self.executor = next((m.config.executor for m in methods if m.config.executor), None)
         self._routed: dict[Method | None, Chain] = {}
@@ -47,7 +53,10 @@ class Chain:
 
 @dataclass(eq=False)
 class Plan:
-    """What is to be done for rows that share their padding (`whole`) and their route (`call`)."""
+    """What is to be done for rows that share their padding (`whole`) and their route (`call`).
+
+    `first` is where the call's queries stand among those of the raw call.
+    """
 
     call: AttentionCall
     whole: AttentionCall
@@ -55,6 +64,7 @@ class Plan:
     group: RowGroup
     selection: Selection | None
     columns: list[Columns]
+    first: int
 
     @property
     def needs_lse(self) -> bool:
@@ -72,29 +82,48 @@ class LayerRuntime:
     """The methods of one attention module and what they did."""
 
     base_config: Any
+    source: AttentionSource
+    patched: int = 1  # layers of the patch it belongs to
 
-    def __init__(self, name: str, layer: int, num_layers: int, methods: Sequence[Method]) -> None:
-        self.name, self.layer, self.num_layers = name, layer, num_layers
+    def __init__(
+        self, name: str, layer: int, num_layers: int, methods: Sequence[Method], model_config: Any = None
+    ) -> None:
+        self.name, self.layer, self.num_layers, self.model_config = name, layer, num_layers, model_config
         self.methods = list(methods)
+        settings = repr([m.config for m in self.methods])
+        self.key = f"{name} {hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()}"
         self.needs = frozenset[str]().union(*(m.needs for m in self.methods))
         self._retaining = [m for m in self.methods if m.retains]
         self.retains = bool(self._retaining)
         self.stats: dict[str, PhaseStats] = {}
+        self.notes: Counter[str] = Counter()
+        self.in_graph = False
         self.spans: Mapping[str, Sequence[Span]] = {}
         prefill, decode = (
             Chain([m for m in self.methods if m.points() and phase in m.acts_in]) for phase in ("prefill", "decode")
         )
         self._chains = {"prefill": prefill, "chunk": prefill, "decode": decode}
         self._idle = not prefill.methods and not decode.methods
+        self._by_steps = not (decode.stepless and prefill.stepless and decode.methods == prefill.methods)
+        later = [m.name for m in decode.methods if m not in prefill.methods]
+        self._later = " and ".join(later)
 
     def run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
         """Attention output `[B, Lq, Hq, Dv]` and weights (None unless the base gives them)."""
-        if self._idle and is_compiling():
-            return raw.base()
+        if is_compiling():
+            if self._idle:
+                return raw.base()
+            if compiles(raw, self._chains["decode"].methods):
+                self.in_graph = True
+                return compiled_step(raw, self._chains["decode"].methods), None
         phase = raw.phase
+        steps = phase == "chunk" and self._by_steps and raw.q.shape[2] <= FEW
+        phase = "decode" if steps else phase
         chain = self._chains[phase]
+        self._note_what_waits(raw, phase)
         if not chain.methods:
-            return self._dense(raw, phase, None)
+            alone = phase == "prefill" and raw.cache is None and self._later
+            return self._dense(raw, phase, f"no cache, and {self._later} acts in decode steps" if alone else None)
         kept = raw.kept
         groups = raw.blocker() or raw.groups()
         if isinstance(groups, str):
@@ -118,6 +147,15 @@ class LayerRuntime:
             self._crop(raw, plans)
         return out, weights
 
+    def _note_what_waits(self, raw: RawCall, phase: str) -> None:
+        """Note for the report when methods had no chance to act, or to remember."""
+        if self._later and phase == "prefill" and raw.cache is None and self._chains["prefill"].methods:
+            self.notes[f"{self._later} acts in decode steps, and there was no cache"] += 1
+        if self._later and phase == "chunk":
+            self.notes[f"{self._later} acts in decode steps; over {FEW} tokens at once after a cache are none"] += 1
+        if raw.cache is None and raw.kwargs.get("use_cache") and (self.retains or self._chains[phase].stateful):
+            self.notes["the model was to use a cache, but its attention modules were given none to remember with"] += 1
+
     def _stats(self, phase: str) -> PhaseStats:
         if phase not in self.stats:
             self.stats[phase] = PhaseStats()
@@ -137,24 +175,54 @@ class LayerRuntime:
     def _plan(
         self, raw: RawCall, phase: str, chain: Chain, groups: list[RowGroup], kept: SinkWindow | None
     ) -> list[Plan]:
-        states = raw.states(self.name) if chain.stateful else {}
-        plans = []
+        states = self._states(raw) if chain.stateful else {}
+        before = raw.total - raw.q.shape[2]
+        plans: list[Plan] = []
         for group in groups:
-            call = self._call(raw, phase, group, kept)
-            if call.Lq == 0:
+            whole = self._call(raw, phase, group, kept)
+            if whole.Lq == 0:
                 continue
-            if states:
+            first = max(group.start - before, 0)
+            if chain.stateful:
                 split_states(states, group.rows)
-            call.states = states
+                if keep_fitting(states, group.rows, group.start, before + first):
+                    self.notes["tokens other than those remembered; what was worked out from keys was begun anew"] += 1
+            whole.states = states
             if kept:
-                self._check_kept(raw, call, group)
-            if chain.router is None:
-                plans.append(self._plan_one(call, call, chain, group))
-                continue
-            for part, child in self._routed(call, chain.router):
-                part_group = RowGroup(part.rows, group.start, group.stop)
-                plans.append(self._plan_one(part, call, chain.routed(child), part_group))
+                self._check_kept(raw, whole, group)
+            for n, call in self._steps(whole, phase):
+                plans.extend(self._routes(call, whole, chain, group, first + n))
+            if chain.stateful:
+                note_fitting(states, group.rows, group.start, group.stop)
         return plans
+
+    def _states(self, raw: RawCall) -> Any:
+        states = raw.states(self.key)
+        if was_lost(raw.cache, raw.slot):
+            self.notes["the cache's keys were changed by hand; all that was remembered was begun anew"] += 1
+        return states
+
+    @staticmethod
+    def _steps(whole: AttentionCall, phase: str) -> Iterator[tuple[int, AttentionCall]]:
+        """The call, or its queries one by one where several count as decode steps; each with its first query."""
+        if phase != "decode" or whole.Lq == 1:
+            yield 0, whole
+            return
+        if whole.off == 0:  # rows whose padding ends here
+            yield 0, replace(whole, phase="prefill")
+            return
+        for n in range(whole.Lq):
+            yield n, whole.step(n)
+
+    def _routes(
+        self, call: AttentionCall, whole: AttentionCall, chain: Chain, group: RowGroup, first: int
+    ) -> Iterator[Plan]:
+        if chain.router is None:
+            yield self._plan_one(call, whole, chain, group, first)
+            return
+        for part, child in self._routed(call, chain.router):
+            rows = RowGroup(part.rows, group.start, group.stop)
+            yield self._plan_one(part, whole, chain.routed(child), rows, first)
 
     def _check_kept(self, raw: RawCall, call: AttentionCall, group: RowGroup) -> None:
         """Raise CacheError when these rows want keys the cache has dropped."""
@@ -169,7 +237,7 @@ class LayerRuntime:
         """Let the cache drop what no row will look at again."""
         if raw.cache is None:
             return
-        check_croppable(raw.cache, raw.layer_idx)
+        check_croppable(raw.cache, raw.slot, getattr(raw.module, "layer_idx", None))
         wanted = [(p.whole, m.retain(p.whole)) for p in plans for m in self._retaining]
         keep = wanted[0][1] if wanted else None
         starts = [0] * raw.q.shape[0]
@@ -182,10 +250,10 @@ class LayerRuntime:
             return
         for whole, _ in wanted:
             whole.state[_START] = [starts[r] for r in whole.rows]
-        crop_layer(raw.cache, raw.layer_idx, keep, starts)
+        crop_layer(raw.cache, raw.slot, keep, starts)
 
     def _call(self, raw: RawCall, phase: str, group: RowGroup, kept: SinkWindow | None) -> AttentionCall:
-        q, k, v, hidden = raw.q, raw.k, raw.v, raw.hidden
+        q, k, v, hidden = raw.q, raw.k, raw.v, raw.context.hidden
         queries = raw.queries if "queries" in self.needs else None
         keys = k.shape[2]
         start, stop = (0, keys) if kept else (group.start, group.stop)
@@ -199,7 +267,7 @@ class LayerRuntime:
             layer=self.layer, num_layers=self.num_layers, phase=phase, q=q, k=k, v=v,
             scale=raw.scale, softcap=raw.softcap, sinks=raw.sinks, rows=group.rows,
             dropped=group.stop - group.start - (stop - start), hidden=hidden, module=raw.module, queries=queries,
-            spans=self.spans and self._spans_of(group.rows, raw.q.shape[0]),
+            spans=self.spans and self._spans_of(group.rows, raw.q.shape[0]), forward=raw.context.forward,
         )  # fmt: skip
 
     def _spans_of(self, rows: Sequence[int], batch: int) -> dict[str, list[Span]]:
@@ -217,7 +285,7 @@ class LayerRuntime:
         return [(call.take(rows), child) for child, rows in by_choice.items()]
 
     @staticmethod
-    def _plan_one(call: AttentionCall, whole: AttentionCall, chain: Chain, group: RowGroup) -> Plan:
+    def _plan_one(call: AttentionCall, whole: AttentionCall, chain: Chain, group: RowGroup, first: int) -> Plan:
         selection: Selection | None = None
         columns: list[Columns] = []
         for m in chain.planners:
@@ -228,7 +296,7 @@ class LayerRuntime:
                 call.bias = bias if call.bias is None else call.bias + bias
             if "regroup" in points:
                 columns.extend(m.regroup(call))
-        return Plan(call, whole, chain, group, selection, columns)
+        return Plan(call, whole, chain, group, selection, columns, first)
 
     def _execute(self, raw: RawCall, plans: list[Plan], stats: PhaseStats) -> Tensor:
         b, hq, lq, _ = raw.q.shape
@@ -238,7 +306,7 @@ class LayerRuntime:
             out = self._finish(plan, self._attend(plan, stats))
             if result is None:
                 return out
-            self._place(raw, plan, result, out)
+            result[self._span(plan)] = out
         assert result is not None
         return result
 
@@ -279,19 +347,15 @@ class LayerRuntime:
             return self._finish(plans[0], out)
         result = out.clone()
         for plan in plans:
-            rows, a, z = self._span(raw, plan)
-            self._place(raw, plan, result, self._finish(plan, out[rows, a:z]))
+            rows, some = self._span(plan)
+            result[rows, some] = self._finish(plan, out[rows, some])
         return result
 
     @staticmethod
-    def _span(raw: RawCall, plan: Plan) -> tuple[Tensor, int, int]:
-        off = raw.total - raw.q.shape[2]
-        rows = torch.tensor(plan.group.rows, device=raw.q.device)
-        return rows, max(plan.group.start - off, 0), max(plan.group.stop - off, 0)
-
-    def _place(self, raw: RawCall, plan: Plan, result: Tensor, out: Tensor) -> None:
-        rows, a, z = self._span(raw, plan)
-        result[rows, a:z] = out
+    def _span(plan: Plan) -> tuple[Tensor, slice]:
+        """The rows and queries of the raw call that a plan is about."""
+        rows = torch.tensor(plan.group.rows, device=plan.call.q.device)
+        return rows, slice(plan.first, plan.first + plan.call.Lq)
 
 
 def _leaves_base(raw: RawCall, plans: list[Plan]) -> bool:

@@ -7,6 +7,7 @@ sits at position `off + i`. Causality is implied: no selection can show a query 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,9 +82,12 @@ class SinkWindow(Selection):
     sink: int
     window: int
 
+    def keep(self, i: Any, j: Tensor) -> Tensor:
+        """Whether queries at positions `i` see keys at positions `j`."""
+        return (j <= i) & ((j < self.sink) | (i - j < self.window))
+
     def mask(self, at: Layout, keys: Tensor | None = None) -> Tensor:
-        i, j = at.positions(keys)
-        return ((j <= i) & ((j < self.sink) | (i - j < self.window)))[None, None]
+        return self.keep(*at.positions(keys))[None, None]
 
     def attended(self, at: Layout) -> int:
         full = self.sink + self.window

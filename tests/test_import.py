@@ -129,8 +129,9 @@ def test_model_types_are_known_to_injection_only() -> None:
     assert not guilty
 
 
-def test_transformers_internals_are_known_to_injection_only() -> None:
+def test_transformers_internals_are_known_to_three_files_only() -> None:
     named = re.compile(r"ALL_ATTENTION_FUNCTIONS|AttentionMaskInterface|_attn_implementation_internal")
     package = [p for p in SOURCES if p.is_relative_to(ROOT / "hfpatch")]
-    guilty = [p.name for p in package if p.name != "injection.py" and named.search(p.read_text())]
+    knowing = {"injection.py", "raw_call.py", "attention_source.py"}
+    guilty = [p.name for p in package if p.name not in knowing and named.search(p.read_text())]
     assert not guilty

@@ -111,7 +111,8 @@ def test_one_query_may_see_less_than_all(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape,reason", [((1, 1, 9, 7), "shorter"), ((1, 2, 9, 9), "shape"), ((1, 9, 9), "shape"), ((1, 1, 5, 9), "shape")]
+    "shape,reason",
+    [((1, 1, 9, 7), "shorter"), ((1, 2, 9, 9), "between heads"), ((1, 9, 9), "unusual"), ((1, 1, 5, 9), "unusual")],
 )
 def test_masks_of_other_shapes_are_refused(shape: tuple[int, ...], reason: str) -> None:
     answer = row_groups(torch.ones(shape, dtype=torch.bool), 1, 9, 9)

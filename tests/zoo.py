@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -306,6 +307,11 @@ def prompt(model: PreTrainedModel, batch: int = 1, length: int = 63, seed: int =
     generator = torch.Generator().manual_seed(seed)
     vocab = model.config.get_text_config().vocab_size
     return torch.randint(FIRST_PLAIN_ID, vocab, (batch, length), generator=generator)
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What the installed release calls the cache, in a call of the model and in its output."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _padded(ids: Tensor, lengths: Sequence[int], pad: int, left: bool) -> tuple[Tensor, Tensor]:

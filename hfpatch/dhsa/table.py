@@ -57,6 +57,7 @@ class ChunkTable:
     `starts [B, C]`; rows with fewer chunks are padded with empty ones. `moments [B, Hkv, M + 1, D + P]` are means of
     the keys and variances per rotary plane, in the keys' dtype, of the M chunks up to token `measured`, the open
     chunk's last. `open [B, Hkv, 2 D]` are float32 sums of the open chunk's keys and their squares up to token `added`.
+    `closings` are the tokens at which chunks were closed, each with the number of columns of `starts` before it.
     """
 
     starts: Tensor
@@ -67,6 +68,7 @@ class ChunkTable:
     seen: int = 0
     measured: int = 0
     added: int = 0
+    closings: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def empty(cls, k: Tensor, rotary: Rotary = ALL) -> ChunkTable:
@@ -114,6 +116,7 @@ class ChunkTable:
     def close(self, stop: int, find: Finder) -> None:
         """Cut tokens `closed .. stop` into chunks; `find(start, stop)` gives flags `[B, stop - start]`."""
         if stop > self.closed:
+            self.closings = (*self.closings, (stop, self.starts.shape[1]))
             self.starts = torch.cat([self.starts, to_list(find(self.closed, stop), self.closed)], 1)
         self.closed = self.seen = self.added = stop
         self.open = torch.zeros_like(self.open)
@@ -124,6 +127,19 @@ class ChunkTable:
         if start < self.added:
             self.open, self.added = torch.zeros_like(self.open), self.closed
         self.seen = stop
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on, and all that was closed together with one of them."""
+        if length >= self.seen:
+            return
+        while self.closings and self.closings[-1][0] > length:
+            self.starts = self.starts[:, : self.closings[-1][1]]
+            self.closings = self.closings[:-1]
+        closed = self.closings[-1][0] if self.closings else 0
+        if closed < self.closed:
+            self.closed = closed
+            self.forget()
+        self.open, self.added, self.seen = torch.zeros_like(self.open), self.closed, max(length, self.closed)
 
     def reorder(self, index: Tensor) -> ChunkTable:
         """The table of batch rows `index`, as beams move."""

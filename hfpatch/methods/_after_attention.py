@@ -1,16 +1,15 @@
 """What an attention module does between its attention function and its output projection, read from its source."""
 
 import ast
-import inspect
-import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from functools import cache
 
 from torch import nn
 
+from ..attention_source import attention_source, parsed, takes_interface
 from ..errors import UnsupportedModelError
-from ..injection import dispatching_function, survey
+from ..survey import survey
 
 SHAPE_ONLY = frozenset(
     {
@@ -20,10 +19,6 @@ SHAPE_ONLY = frozenset(
 )
 SQUASHING = ("sigmoid", "softplus", "silu", "gate")
 PROJECTIONS = frozenset(["dense", "wo", "Wo", "o", "out_lin", "linear_out"])
-
-
-def _takes_interface(node: ast.AST) -> bool:
-    return any(isinstance(n, ast.Attribute) and n.attr == "get_interface" for n in ast.walk(node))
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
@@ -65,13 +60,13 @@ class _Reader:
             self.calls += 1
             first = target.elts[0] if isinstance(target, ast.Tuple) else target
             self.carriers.add(ast.unparse(first))
-        elif _takes_interface(value) and isinstance(target, ast.Name):
+        elif takes_interface(value) and isinstance(target, ast.Name):
             self.callers.add(target.id)
         elif not self.projected and self._carries(value) and self._step(value):
             self.carriers.update(n.id for n in ast.walk(target) if isinstance(n, ast.Name))
 
     def _is_attention(self, func: ast.expr) -> bool:
-        direct = isinstance(func, ast.Call) and _takes_interface(func.func)
+        direct = isinstance(func, ast.Call) and takes_interface(func.func)
         return direct or (isinstance(func, ast.Name) and func.id in self.callers)
 
     def _carries(self, node: ast.AST) -> bool:
@@ -132,17 +127,17 @@ def after_attention(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]
 
     Both empty for a module that only reshapes. One whose source cannot be read has one unknown operation.
     """
-    return read_after(dispatching_function(module))
+    source = attention_source(module)
+    return read_after(source.function if source is not None else None)
 
 
 @cache
 def read_after(function: types.FunctionType | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """`after_attention` of the function that calls the attention interface."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))  # type: ignore[arg-type]
-    except (OSError, TypeError, SyntaxError):
+    tree = parsed(function)
+    if tree is None:
         return (), ("source code that cannot be read",)
-    gates, found = _Reader(next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))).read()
+    gates, found = _Reader(tree).read()
     return tuple(gates), tuple(found)
 
 

@@ -16,6 +16,7 @@ class ColumnSums:
 
     sums: Tensor
     counts: Tensor
+    cropped: bool = False
 
     @classmethod
     def of(cls, call: AttentionCall, earlier: "ColumnSums | None", heads: list[int]) -> "ColumnSums":
@@ -39,10 +40,11 @@ class ColumnSums:
 
     def reorder(self, index: Tensor) -> "ColumnSums":
         """The sums of batch rows `index`."""
-        return ColumnSums(self.sums.index_select(0, index.to(self.sums.device)), self.counts)
+        return ColumnSums(self.sums.index_select(0, index.to(self.sums.device)), self.counts, self.cropped)
 
     def crop(self, length: int) -> None:
         """Forget keys from `length` on; what the dropped queries gave to earlier keys stays in sums and counts."""
+        self.cropped = self.cropped or length < self.counts.shape[0]
         self.sums, self.counts = self.sums[..., :length], self.counts[:length]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..injection import dispatching_function
+from ..attention_source import attention_source
 
 
 def text_config(model: nn.Module) -> Any:
@@ -22,5 +22,5 @@ def query_heads(model: nn.Module) -> int | None:
 def modeling_names(model: nn.Module) -> dict[str, Any]:
     """The names of the file that defines the text decoder's attention; none for a module without one."""
     get_decoder: Any = getattr(model, "get_decoder", lambda: model)
-    found = (dispatching_function(m) for m in get_decoder().modules() if not isinstance(m, PreTrainedModel))
-    return next((f.__globals__ for f in found if f is not None), {})
+    found = (attention_source(m) for m in get_decoder().modules() if not isinstance(m, PreTrainedModel))
+    return next((f.scope for f in found if f is not None), {})

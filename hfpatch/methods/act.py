@@ -90,6 +90,7 @@ class ACT(Method):
     def __init__(self, config: ACTConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
         self.settings = config
+        self._rollbacks = 0
         self._heads: dict[int, list[int]] = {}
         for layer, head in config.pairs:
             self._heads.setdefault(layer, []).append(head)
@@ -113,6 +114,11 @@ class ACT(Method):
             notes.append(
                 "act: no calibrated head list was given; every head is changed, which the paper advises against"
             )
+        if self._rollbacks:
+            notes.append(
+                f"act: {self._rollbacks} times a layer's cache was rolled back; what the tokens taken back gave to "
+                "earlier ones stays counted"
+            )
         return notes
 
     def regroup(self, call: AttentionCall) -> list[Columns]:
@@ -120,7 +126,9 @@ class ACT(Method):
         heads = list(range(call.Hq)) if s.heads is None else self._heads.get(call.layer, [])
         if not heads or s.beta == 1:
             return []
-        sums = ColumnSums.of(call, call.state.get("act"), heads)
+        earlier = call.state.get("act")
+        self._rollbacks += earlier is not None and earlier.cropped
+        sums = ColumnSums.of(call, earlier, heads)
         call.state["act"] = sums
         sink = sums.means() > s.share(call.Lk)
         sink[..., 0] = False

@@ -128,8 +128,8 @@ class Dhsa(Method):
         self.predictor = BoundaryPredictor.of(tensors or {})
         self.watch: Callable[[AttentionCall, Selection | None], None] | None = None
         self.rotary = Rotary()
+        self.needs = frozenset({"forward"} if s.share != "none" else ())
         self._leader: dict[int, int] = {}
-        self._shared: dict[int, dict[tuple[str, Any], Any]] = {}
         self._counts: dict[int, tuple[Tensor, int]] = {}
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
@@ -268,10 +268,8 @@ class Dhsa(Method):
     def _from_leader(self, call: AttentionCall, what: str, key: Any, make: Callable[[], Any]) -> Any:
         """What the leading layer made for the same rows and tokens in this forward; made here where it did not."""
         leader = self._leader.get(call.layer, call.layer)
-        known = self._shared.setdefault(leader, {})
-        if call.layer != leader:
-            return known[what, key] if (what, key) in known else make()
-        for old in [k for k in known if set(k[1][0]) & set(call.rows)]:
-            del known[old]
-        known[what, key] = value = make()
-        return value
+        known: dict[Any, Any] = {} if call.forward is None else call.forward.shared
+        place = ("dhsa", leader, what, key, call.k.device)
+        if call.layer == leader or place not in known:
+            known[place] = make()
+        return known[place]

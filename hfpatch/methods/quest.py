@@ -126,5 +126,5 @@ class Pages:
         return out
 
     def crop(self, length: int) -> None:
-        """Forget everything: `length` counts padding too, so the next call starts over."""
-        self.length = 0
+        """Forget the keys from `length` on, and the page they share with earlier ones."""
+        self.length = min(self.length, length // self.size * self.size)

@@ -37,6 +37,7 @@ class Streaming(Method):
     config_class = StreamingConfig
     summary = "sink tokens + recent window"
     paper = "https://arxiv.org/abs/2309.17453"
+    positional = True
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "tri-shape": {"sink": 128, "window": 3968, "last_queries": 128, "phase": "prefill"},
         "triangle-mix": {

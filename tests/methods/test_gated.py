@@ -16,6 +16,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as next_
 
 import hfpatch
 from hfpatch import PatchConfig, get_patch, patched
+from hfpatch.attention_source import dispatching
 from hfpatch.methods._after_attention import read_after
 from hfpatch.methods._research_gates import split_query
 from hfpatch.methods.gated import Gated, GatedConfig, load_gated_model, load_gates
@@ -133,7 +134,7 @@ def read_class(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     module = pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
     classes = [c for n, c in vars(module).items() if n.endswith("Attention") and isinstance(c, type)]
     for cls in classes:
-        function = hfpatch.injection._dispatching(cls)
+        function = dispatching(cls)
         if function is not None and "Vision" not in cls.__name__ and "Audio" not in cls.__name__:
             return read_after(function)
     pytest.skip("this release has no such class")
