@@ -37,6 +37,7 @@ class Patch:
         self._model, self._planned, self.methods = model, planned, planned.methods
         self._warnings: list[str] = []
         self._below: Patch | None = None
+        self._entered = False
 
     @property
     def config(self) -> PatchConfig:
@@ -129,6 +130,14 @@ class Patch:
             raise
 
     def _detach(self) -> None:
+        """Take the patch off, all of it, also when cut short."""
+        try:
+            self._take_off()
+        except BaseException:
+            self._take_off()
+            raise
+
+    def _take_off(self) -> None:
         for layer, _ in self._plan:
             detach(layer.module)
         close_forwards(self._planned.survey.root)
@@ -195,14 +204,17 @@ def patched_with(model: nn.Module, methods: list[Method]) -> Iterator[Patch]:
 
 @contextmanager
 def _in_place_of_any(model: nn.Module, patch: Patch) -> Iterator[Patch]:
-    with _lock:
-        patch._below = _carried(model)
-        _exchange(patch._below, patch)
     try:
+        with _lock:
+            patch._below, patch._entered = _carried(model), True
+            _exchange(patch._below, patch)
         yield patch
     finally:
-        with _lock:
+        try:
             _leave(model, patch)
+        except BaseException:
+            _leave(model, patch)
+            raise
 
 
 def _exchange(old: Patch | None, new: Patch | None) -> None:
@@ -221,13 +233,16 @@ def _exchange(old: Patch | None, new: Patch | None) -> None:
 
 def _leave(model: nn.Module, patch: Patch) -> None:
     """End the block of `patch`: what it covered comes back, unless a block entered later still covers it."""
-    top = above = _carried(model)
-    while above is not None and above is not patch and above._below is not patch:
-        above = above._below
-    if above is None or above is patch:
-        _exchange(top, patch._below)
-    else:
-        above._below = patch._below
+    with _lock:
+        top = above = _carried(model)
+        if patch._entered and top is not patch._below:
+            while above is not None and above is not patch and above._below is not patch:
+                above = above._below
+            if above is None or above is patch:
+                _exchange(top, patch._below)
+            else:
+                above._below = patch._below
+        patch._entered = False
 
 
 def _carried(model: Any) -> Patch | None:

@@ -65,9 +65,10 @@ def attach(module: nn.Module, runtime: Runtime) -> None:
 
 def detach(module: nn.Module) -> None:
     """Give the module back exactly as `attach` found it, also when that was cut short."""
-    runtime = vars(module).pop(RUNTIME, None)
+    runtime = runtime_of(module)
     if runtime is not None:
         module.config = runtime.base_config
+    vars(module).pop(RUNTIME, None)
     _remove_pre_hook(module, _add_context)
     vars(module).pop(QUERIES, None)
     for child in module.children():
@@ -91,8 +92,8 @@ def close_forwards(root: nn.Module) -> None:
 
 def _remove_pre_hook(module: nn.Module, hook: Any) -> None:
     for key in [k for k, found in module._forward_pre_hooks.items() if found is hook]:
-        del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+        del module._forward_pre_hooks[key]
 
 
 def _add_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -25,6 +25,10 @@ from .report import PhaseStats
 from .selection import Selection, SinkWindow, intersect
 
 _START = "hfpatch-start"
+_GUESSES = (
+    "several tokens at once after a cache ran as decode steps; in assisted decoding the first guesses come with the "
+    "prompt and count when it is read, so that tokens may differ from greedy ones"
+)
 FEW = 32  # tokens at once after a cache that count as decode steps: what a speculating helper proposes
 
 
@@ -120,7 +124,7 @@ class LayerRuntime:
         steps = phase == "chunk" and self._by_steps and raw.q.shape[2] <= FEW
         phase = "decode" if steps else phase
         chain = self._chains[phase]
-        self._note_what_waits(raw, phase)
+        self._note_what_waits(raw, phase, steps)
         if not chain.methods:
             alone = phase == "prefill" and raw.cache is None and self._later
             return self._dense(raw, phase, f"no cache, and {self._later} acts in decode steps" if alone else None)
@@ -147,8 +151,10 @@ class LayerRuntime:
             self._crop(raw, plans)
         return out, weights
 
-    def _note_what_waits(self, raw: RawCall, phase: str) -> None:
-        """Note for the report when methods had no chance to act, or to remember."""
+    def _note_what_waits(self, raw: RawCall, phase: str, steps: bool) -> None:
+        """Note for the report when methods had no chance to act or to remember, or chose with tokens still guessed."""
+        if steps and not self._chains["prefill"].stepless:
+            self.notes[_GUESSES] += 1
         if self._later and phase == "prefill" and raw.cache is None and self._chains["prefill"].methods:
             self.notes[f"{self._later} acts in decode steps, and there was no cache"] += 1
         if self._later and phase == "chunk":

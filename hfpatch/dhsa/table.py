@@ -57,7 +57,7 @@ class ChunkTable:
     `starts [B, C]`; rows with fewer chunks are padded with empty ones. `moments [B, Hkv, M + 1, D + P]` are means of
     the keys and variances per rotary plane, in the keys' dtype, of the M chunks up to token `measured`, the open
     chunk's last. `open [B, Hkv, 2 D]` are float32 sums of the open chunk's keys and their squares up to token `added`.
-    `closings` are the tokens at which chunks were closed, each with the number of columns of `starts` before it.
+    `closings` tell how chunks were closed: how many keys there were, up to which token, columns of `starts` before.
     """
 
     starts: Tensor
@@ -68,7 +68,7 @@ class ChunkTable:
     seen: int = 0
     measured: int = 0
     added: int = 0
-    closings: tuple[tuple[int, int], ...] = ()
+    closings: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def empty(cls, k: Tensor, rotary: Rotary = ALL) -> ChunkTable:
@@ -113,10 +113,10 @@ class ChunkTable:
         """Drop the moments of closed chunks; they are measured anew, from the keys, when next asked for."""
         self.moments, self.measured = self.moments[:, :, -1:].clone(), 0
 
-    def close(self, stop: int, find: Finder) -> None:
-        """Cut tokens `closed .. stop` into chunks; `find(start, stop)` gives flags `[B, stop - start]`."""
+    def close(self, stop: int, find: Finder, keys: int | None = None) -> None:
+        """Cut tokens `closed .. stop`, of `keys` known, into chunks; `find(start, stop)` flags `[B, stop - start]`."""
         if stop > self.closed:
-            self.closings = (*self.closings, (stop, self.starts.shape[1]))
+            self.closings = (*self.closings, (keys or stop, stop, self.starts.shape[1]))
             self.starts = torch.cat([self.starts, to_list(find(self.closed, stop), self.closed)], 1)
         self.closed = self.seen = self.added = stop
         self.open = torch.zeros_like(self.open)
@@ -129,13 +129,13 @@ class ChunkTable:
         self.seen = stop
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on, and all that was closed together with one of them."""
+        """Forget the tokens from `length` on, and the chunks closed when they were known."""
         if length >= self.seen:
             return
         while self.closings and self.closings[-1][0] > length:
-            self.starts = self.starts[:, : self.closings[-1][1]]
+            self.starts = self.starts[:, : self.closings[-1][2]]
             self.closings = self.closings[:-1]
-        closed = self.closings[-1][0] if self.closings else 0
+        closed = self.closings[-1][1] if self.closings else 0
         if closed < self.closed:
             self.closed = closed
             self.forget()

@@ -233,7 +233,7 @@ class Dhsa(Method):
             make = lambda: self._find(call, start, stop, stop - question - start if question else None)  # noqa: E731
             return self._from_leader(call, "boundaries", key, make) if self.settings.share == "boundaries" else make()
 
-        table.close(stop, find)
+        table.close(stop, find, call.Lk)
         starts, ends = table.spans
         self._counts[call.layer] = ((ends > starts).sum(), call.B * table.seen)
 
