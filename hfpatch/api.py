@@ -61,6 +61,8 @@ class Patch:
         seen = sum((rt.notes for _, rt in self._plan), Counter[str]())
         notes = [note for m in self.methods for note in m.notes()]
         notes += [f"{what} ({n} calls)" for what, n in seen.items()] + self._warnings
+        if any(rt.in_graph for _, rt in self._plan):
+            notes.append("steps that torch.compile has put into one graph are not counted")
         layers, skipped = self._planned.survey.num_layers, self._planned.skipped
         return Report(type(self._model).__name__, layers, len(self._plan), lines, skipped, notes)
 

@@ -52,6 +52,8 @@ class RawCall:
     context: Context
     seat: Seat
     _total: int | None = None
+    _slot: int | None = None
+    _sought: bool = False
 
     @property
     def cache(self) -> Any:
@@ -86,10 +88,13 @@ class RawCall:
             self._total = _UNKNOWN if length is None else length
         return self._total
 
-    @cached_property
+    @property
     def slot(self) -> int | None:
         """Index of the cache layer that holds this call's keys."""
-        return None if self.cache is None else find_slot(self.cache, getattr(self.module, "layer_idx", None), self.k)
+        if not self._sought and self.cache is not None:
+            self._slot = find_slot(self.cache, getattr(self.module, "layer_idx", None), self.k)
+        self._sought = True
+        return self._slot
 
     @property
     def scale(self) -> float:
