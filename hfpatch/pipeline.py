@@ -129,7 +129,7 @@ class LayerRuntime:
             alone = phase == "prefill" and raw.cache is None and self._later
             return self._dense(raw, phase, f"no cache, and {self._later} acts in decode steps" if alone else None)
         kept = raw.kept
-        groups = raw.blocker() or raw.groups()
+        groups = raw.blocker() or (chain.stateful and raw.forgetful) or raw.groups()
         if isinstance(groups, str):
             if kept:
                 raise CacheError(f"{groups} asks for dense attention, but this cache was cropped; start it anew.")
@@ -196,7 +196,7 @@ class LayerRuntime:
             whole.states = states
             if kept:
                 self._check_kept(raw, whole, group)
-            for n, call in self._steps(whole, phase):
+            for n, call in self._steps(whole, phase, raw.q.shape[2]):
                 plans.extend(self._routes(call, whole, chain, group, first + n))
             if chain.stateful:
                 note_fitting(states, group.rows, group.start, group.stop)
@@ -209,9 +209,9 @@ class LayerRuntime:
         return states
 
     @staticmethod
-    def _steps(whole: AttentionCall, phase: str) -> Iterator[tuple[int, AttentionCall]]:
+    def _steps(whole: AttentionCall, phase: str, queries: int) -> Iterator[tuple[int, AttentionCall]]:
         """The call, or its queries one by one where several count as decode steps; each with its first query."""
-        if phase != "decode" or whole.Lq == 1:
+        if phase != "decode" or queries == 1:
             yield 0, whole
             return
         if whole.off == 0:  # rows whose padding ends here

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .attention_source import DISPATCH, AttentionSource, keywords_read
 from .cache_crop import kept_by
 from .cache_slot import find_slot, has_room, is_paged, tokens_seen
-from .cache_state import Rows, State, cache_states
+from .cache_state import Rows, State, cache_layer, cache_states
 from .call import Forward
 from .packing import starts_again
 from .padding import RowGroup, row_groups
@@ -138,6 +138,13 @@ class RawCall:
     def blocker(self) -> str | None:
         """Why this call has to run dense, or None."""
         return self._unserved_request() or self._unserved_keys()
+
+    @property
+    def forgetful(self) -> str | None:
+        """Why a method that remembers has to run dense: caches of old releases without layers, or None."""
+        if self.cache is None or cache_layer(self.cache, self.slot) is not None:
+            return None
+        return f"a {type(self.cache).__name__} without layers that could carry what is remembered"
 
     def _unserved_request(self) -> str | None:
         kw = self.kwargs

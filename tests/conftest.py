@@ -10,6 +10,28 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported; without a GPU nothing else uses it
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--third`: the invariants on every third model, for releases of Transformers beside the pinned one."""
+    parser.addoption("--third", action="store_true", help="run the invariants on every third model of the zoo only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out two thirds of the models."""
+    if not config.getoption("--third"):
+        return
+    import zoo
+
+    chosen = {*list(zoo.SUPPORTED)[::3], *zoo.REFUSED}
+    left = [item for item in items if item.path.name == "test_invariants.py" and _model(item) not in (None, *chosen)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
+
+
+def _model(item: pytest.Item) -> str | None:
+    params = getattr(item, "callspec", None)
+    return None if params is None or "tiny" not in params.params else params.params["tiny"].name
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned() -> Iterator[None]:
     torch.manual_seed(42)

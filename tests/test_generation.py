@@ -1,6 +1,7 @@
 """generate() under a patch: every cache, strategy and input form gives what full forward passes give."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +27,16 @@ def generate(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
     kwargs.setdefault("attention_mask", torch.ones_like(ids))
     out = model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, **{"do_sample": False, **kwargs})
     return out[:, ids.shape[1] :]
+
+
+def skip_unless_unpatched_does(model: PreTrainedModel, ids: Tensor, **how: Any) -> None:
+    """Skip where the installed release does not generate the greedy tokens in this way without any patch."""
+    try:
+        done = torch.equal(generate(model, ids, **how), generate(model, ids))
+    except (AttributeError, TypeError, ValueError):
+        done = False
+    if not done:
+        pytest.skip(f"this release of Transformers gives other tokens with {', '.join(how)}, unpatched")
 
 
 def argmax_chain(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -77,6 +88,7 @@ def test_left_padded_rows_generate_as_alone(name: str, static: bool) -> None:
 def test_chunked_prefill_equals_one_shot(name: str) -> None:
     model = built(name)
     ids = zoo.prompt(model, 2, LENGTH)
+    skip_unless_unpatched_does(model, ids, prefill_chunk_size=7)
     with patched(model, **STREAMING) as patch:
         want = generate(model, ids)
         for size in (7, 16):
@@ -89,6 +101,7 @@ def test_chunked_prefill_equals_one_shot(name: str) -> None:
 def test_prompt_lookup_equals_greedy(name: str) -> None:
     model = built(name)
     ids = zoo.prompt(model, 1, 9).repeat(1, 5)
+    skip_unless_unpatched_does(model, ids, prompt_lookup_num_tokens=3)
     with patched(model, **STREAMING):
         assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3), generate(model, ids))
 
@@ -116,27 +129,34 @@ def test_searches_run_the_same_with_and_without_cache(name: str, strategy: str) 
     assert torch.equal(*out)
 
 
+def next_turn(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of a second turn, from the cache of the first and from the whole text."""
+    first = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    turn = torch.cat([first.sequences, zoo.prompt(model, 1, 5, seed=1)], 1)
+    return generate(model, turn, past_key_values=first.past_key_values), generate(model, turn)
+
+
+def two_questions(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of two questions, from copies of the prompt's cache and from the whole texts."""
+    prefix = model(ids, use_cache=True).past_key_values
+    got, want = [], []
+    for seed in (1, 2):
+        asked = torch.cat([ids, zoo.prompt(model, 1, 4, seed=seed)], 1)
+        got.append(generate(model, asked, past_key_values=copy.deepcopy(prefix)))
+        want.append(generate(model, asked))
+    return torch.cat(got), torch.cat(want)
+
+
 @architectures
-def test_cache_goes_on_where_it_stopped(name: str) -> None:
+@pytest.mark.parametrize("scene", [next_turn, two_questions], ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_a_cache_goes_on_where_it_stopped(name: str, scene: Callable[..., tuple[Tensor, Tensor]]) -> None:
     model = built(name)
     ids = zoo.prompt(model, 1, LENGTH)
+    if not torch.equal(*scene(model, ids)):
+        pytest.skip("this release of Transformers gives other tokens unpatched")
     with patched(model, **STREAMING):
-        first = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-        more = zoo.prompt(model, 1, 5, seed=1)
-        turn = torch.cat([first.sequences, more], 1)
-        got = generate(model, turn, past_key_values=first.past_key_values)
-        assert torch.equal(got, generate(model, turn))
-
-
-@architectures
-def test_a_copied_prompt_cache_serves_several_questions(name: str) -> None:
-    model = built(name)
-    ids = zoo.prompt(model, 1, LENGTH)
-    with patched(model, **STREAMING), torch.no_grad():
-        prefix = model(ids, use_cache=True).past_key_values
-        for seed in (1, 2):
-            asked = torch.cat([ids, zoo.prompt(model, 1, 4, seed=seed)], 1)
-            assert torch.equal(generate(model, asked, past_key_values=copy.deepcopy(prefix)), generate(model, asked))
+        assert torch.equal(*scene(model, ids))
 
 
 @architectures
@@ -149,20 +169,23 @@ def test_a_dense_patch_changes_no_token(name: str) -> None:
         {"input_ids": batch, "attention_mask": mask}, {"past_key_values": "dynamic"},
     ]  # fmt: skip
 
-    def run() -> list[Tensor]:
-        out = []
-        for way in ways:
-            way = dict(way)
-            if "past_key_values" in way:
-                way["past_key_values"] = DynamicCache(config=model.config)
-            torch.manual_seed(5)
-            out.append(generate(model, way.pop("input_ids", ids), **way))
-        return out
+    def run(way: dict[str, Any]) -> Tensor:
+        way = dict(way)
+        if "past_key_values" in way:
+            way["past_key_values"] = DynamicCache(config=model.config)
+        torch.manual_seed(5)
+        return generate(model, way.pop("input_ids", ids), **way)
 
-    want = run()
-    with patched(model, "dense"):
-        for way, got, expected in zip(ways, run(), want, strict=True):
-            assert torch.equal(got, expected), way
+    done = 0
+    for way in ways:
+        try:
+            want = run(way)
+        except (AttributeError, KeyError):  # not in this release
+            continue
+        with patched(model, "dense"):
+            assert torch.equal(run(way), want), way
+        done += 1
+    assert done >= len(ways) - 2
 
 
 @architectures

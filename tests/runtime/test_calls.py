@@ -161,7 +161,9 @@ def test_assisted_decoding_says_what_it_cannot_promise() -> None:
         with patched(model, name, **settings) as patch:
             greedy = model.generate(ids, max_new_tokens=12, do_sample=False)
             assert "several tokens" not in str(patch.report())
-            fast = model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4)
+            fast = model.generate(
+                ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4, eos_token_id=zoo.VOCAB
+            )
             assert ("assisted decoding" in str(patch.report())) == told
             assert told or torch.equal(greedy, fast)
 
@@ -300,7 +302,7 @@ def test_a_reason_never_grows_with_the_call(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad(), patched(model, **STREAMING) as patch:
         cache = model(ids, use_cache=True).past_key_values
         for t in range(4):
-            mask = torch.ones(1, 4, 1, 46 + t, dtype=torch.bool)
+            mask = torch.ones(1, 8, 1, 46 + t, dtype=torch.bool)
             model(ids[:, t : t + 1], past_key_values=cache, attention_mask=mask)
         assert patch.report().fallbacks() == {"a mask that differs between heads": 4 * 3}
 
@@ -353,6 +355,8 @@ GRAPHS = [("llama", s, p) for s in (False, True) for p in (False, True)] + [("gp
 def test_streaming_decodes_in_one_graph(name: str, static: bool, padded: bool) -> None:
     from transformers import DynamicCache, StaticCache
 
+    if name == "gpt_oss" and zoo.RELEASE < (5, 15):
+        pytest.skip("its experts do not compile in this release of Transformers")
     model = zoo.SUPPORTED[name].build()
     ids, mask = zoo.left_pad(zoo.prompt(model, 2, 40), [40, 27 if padded else 40])
     whole = torch.cat([mask, mask.new_ones(2, 24)], 1)
