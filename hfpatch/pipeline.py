@@ -3,17 +3,18 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention_source import AttentionSource
-from .cache_crop import check_croppable, crop_layer
 from .cache_state import keep_fitting, note_fitting, split_states, was_lost
 from .call import AttentionCall, Span
+from .chain import Chain, Plan
 from .compiled import compiled_step, compiles
+from .cropping import check_kept, crop
 from .errors import CacheError, InputError
 from .method import Method
 from .one_query import beats_sdpa, one_query, serves
@@ -24,62 +25,11 @@ from .regroup import Columns, regroup
 from .report import PhaseStats
 from .selection import Selection, SinkWindow, intersect
 
-_START = "hfpatch-start"
 _GUESSES = (
     "several tokens at once after a cache ran as decode steps; in assisted decoding the first guesses come with the "
     "prompt and count when it is read, so that tokens may differ from greedy ones"
 )
 FEW = 32  # tokens at once after a cache that count as decode steps: what a speculating helper proposes
-
-
-class Chain:
-    """The methods that act on a call, in order, and which act at which point: worked out once, not per call."""
-
-    def __init__(self, methods: Sequence[Method]) -> None:
-        self.methods = list(methods)
-        self.router = next((m for m in methods if "route" in m.points()), None)
-        self.planners = [m for m in methods if m.points() & {"select", "bias", "regroup"}]
-        self.outputs = [m for m in methods if "output" in m.points()]
-        self.observers = [m for m in methods if "observe" in m.points()]
-        self.stateful = any(m.stateful for m in methods)
-        self.stepless = not self.stateful and all(m.causality == "yes" for m in methods)
-        self.needs_lse = any("lse" in m.needs for m in methods)
-        self.executor = next((m.config.executor for m in methods if m.config.executor), None)
-        self._routed: dict[Method | None, Chain] = {}
-
-    def routed(self, child: Method | None) -> "Chain":
-        """The chain for rows that the router sends to `child`."""
-        if child not in self._routed:
-            others = [m for m in self.methods if m is not self.router]
-            self._routed[child] = Chain([*others, child] if child else others)
-        return self._routed[child]
-
-
-@dataclass(eq=False)
-class Plan:
-    """What is to be done for rows that share their padding (`whole`) and their route (`call`).
-
-    `first` is where the call's queries stand among those of the raw call.
-    """
-
-    call: AttentionCall
-    whole: AttentionCall
-    chain: Chain
-    group: RowGroup
-    selection: Selection | None
-    columns: list[Columns]
-    first: int
-
-    @property
-    def needs_lse(self) -> bool:
-        """Whether the base implementation, which gives no lse, is not enough."""
-        return bool(self.selection is not None or self.columns or self.call.bias is not None or self.chain.needs_lse)
-
-    @property
-    def fits_one_query(self) -> bool:
-        """Whether nothing asks for more than the output of dense attention, or for another executor."""
-        chain = self.chain
-        return self.selection is None and not chain.needs_lse and chain.executor in (None, "torch")
 
 
 class LayerRuntime:
@@ -109,8 +59,7 @@ class LayerRuntime:
         self._chains = {"prefill": prefill, "chunk": prefill, "decode": decode}
         self._idle = not prefill.methods and not decode.methods
         self._by_steps = not (decode.stepless and prefill.stepless and decode.methods == prefill.methods)
-        later = [m.name for m in decode.methods if m not in prefill.methods]
-        self._later = " and ".join(later)
+        self._later = " and ".join(m.name for m in decode.methods if m not in prefill.methods)
 
     def run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
         """Attention output `[B, Lq, Hq, Dv]` and weights (None unless the base gives them)."""
@@ -148,7 +97,7 @@ class LayerRuntime:
             if any(p.chain.outputs or p.chain.observers for p in plans):
                 out = self._apply_outputs(raw, plans, out)
         if self._retaining and not kept:
-            self._crop(raw, plans)
+            crop(self._retaining, raw, plans)
         return out, weights
 
     def _note_what_waits(self, raw: RawCall, phase: str, steps: bool) -> None:
@@ -195,7 +144,7 @@ class LayerRuntime:
                     self.notes["tokens other than those remembered; what was worked out from keys was begun anew"] += 1
             whole.states = states
             if kept:
-                self._check_kept(raw, whole, group)
+                check_kept(self._retaining, raw, whole, group)
             for n, call in self._steps(whole, phase, raw.q.shape[2]):
                 plans.extend(self._routes(call, whole, chain, group, first + n))
             if chain.stateful:
@@ -229,34 +178,6 @@ class LayerRuntime:
         for part, child in self._routed(call, chain.router):
             rows = RowGroup(part.rows, group.start, group.stop)
             yield self._plan_one(part, whole, chain.routed(child), rows, first)
-
-    def _check_kept(self, raw: RawCall, call: AttentionCall, group: RowGroup) -> None:
-        """Raise CacheError when these rows want keys the cache has dropped."""
-        same_start = call.state.get(_START, [group.start]) == [group.start] * call.B
-        if any(m.retain(call) != raw.kept for m in self._retaining) or group.stop < raw.total or not same_start:
-            raise CacheError(
-                "This cache has been cropped for another route or another padding; keep both, or process the prompt "
-                "anew."
-            )
-
-    def _crop(self, raw: RawCall, plans: list[Plan]) -> None:
-        """Let the cache drop what no row will look at again."""
-        if raw.cache is None:
-            return
-        check_croppable(raw.cache, raw.slot, getattr(raw.module, "layer_idx", None))
-        wanted = [(p.whole, m.retain(p.whole)) for p in plans for m in self._retaining]
-        keep = wanted[0][1] if wanted else None
-        starts = [0] * raw.q.shape[0]
-        for p in plans:
-            if p.group.stop < raw.total or keep is None or p.whole.Lk < keep.sink + keep.window:
-                return
-            for row in p.group.rows:
-                starts[row] = p.group.start
-        if keep is None or any(other != keep for _, other in wanted) or raw.total != raw.k.shape[2]:
-            return
-        for whole, _ in wanted:
-            whole.state[_START] = [starts[r] for r in whole.rows]
-        crop_layer(raw.cache, raw.slot, keep, starts)
 
     def _call(self, raw: RawCall, phase: str, group: RowGroup, kept: SinkWindow | None) -> AttentionCall:
         q, k, v, hidden = raw.q, raw.k, raw.v, raw.context.hidden

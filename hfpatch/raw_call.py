@@ -154,7 +154,7 @@ class RawCall:
             return "a sliding window"
         if kw.get("dropout"):
             return "attention dropout"
-        if kw.get("is_causal") is False or getattr(self.module, "is_causal", True) is False:
+        if self._bidirectional:
             return "bidirectional attention"
         if (
             kw.get("output_attentions")
@@ -169,6 +169,15 @@ class RawCall:
         if self.mask is not None and not isinstance(self.mask, Tensor):
             return f"a {type(self.mask).__name__} mask"
         return None
+
+    @property
+    def _bidirectional(self) -> bool:
+        if self.kwargs.get("is_causal") is False:
+            return True
+        if getattr(self.module, "is_causal", True) is not False:
+            return False
+        masked = self.mask is not None or self.q.shape[2] == 1
+        return not (getattr(self.module, "is_decoder", False) and masked)
 
     def _odd_keywords(self) -> list[str]:
         """Keywords with a value that the base function looks at or the module names, and that we do not know."""

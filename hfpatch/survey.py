@@ -58,7 +58,7 @@ def survey(model: nn.Module) -> Survey:
         elif _is_cross(name, module):
             skipped.append((name, "cross or bidirectional attention"))
         else:
-            layers.append(AttentionLayer(name, module, _index(name, module, len(layers)), _kind(module, source)))
+            layers.append(AttentionLayer(name, module, _index(name, module, len(layers)), _kind(name, module, source)))
     if not layers:
         raise UnsupportedModelError(_refusal(model, foreign, bool(skipped)))
     count = getattr(layers[0].module.config, "num_hidden_layers", None) or 0
@@ -111,10 +111,11 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _is_cross(name: str, module: nn.Module) -> bool:
     leaf = name.rsplit(".", 1)[-1].lower()
-    return "cross" in leaf or "encoder_attn" in leaf or getattr(module, "is_causal", True) is False
+    own_mask = getattr(module, "is_decoder", False)  # some decoders leave causality to the mask alone
+    return "cross" in leaf or "encoder_attn" in leaf or (getattr(module, "is_causal", True) is False and not own_mask)
 
 
-def _kind(module: Any, source: AttentionSource) -> str:
+def _kind(name: str, module: Any, source: AttentionSource) -> str:
     """`full`, `sliding`, `chunked`, `native-sparse`, or the name of what else the module hands to its attention."""
     config, index = module.config, getattr(module, "layer_idx", None)
     special = sorted(source.named - UNDERSTOOD)
@@ -138,9 +139,8 @@ def _kind(module: Any, source: AttentionSource) -> str:
         return "native-sparse"
     if getattr(module, "is_sliding", False) or getattr(module, "sliding_window", None):
         return "sliding"
-    code = source.function.__code__
-    reads_window = "sliding_window" in (*code.co_names, *code.co_consts)
-    return "sliding" if reads_window and getattr(config, "sliding_window", None) else "full"
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return "sliding" if windowed or any(part.startswith("local") for part in name.split(".")) else "full"
 
 
 def _refusal(model: nn.Module, foreign: set[str], bidirectional: bool) -> str:
