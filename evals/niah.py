@@ -80,6 +80,7 @@ class NiahJob:
         check_length(loaded, cell.length)
         samples = self.build(loaded, cell.length, session.seed)
         room = max(count_tokens(loaded.tokenizer, f" {s.value}") for s in samples) + 2
+        check_length(loaded, cell.length, room)
         outputs: list[str] = []
         start = time.perf_counter()
         with variant.applied(loaded.model) as patch:
