@@ -1,4 +1,4 @@
-"""Needle in a haystack: lengths x depths, scored by string match."""
+"""Needle in a haystack: lengths x depths, scored by whether the answer holds the value."""
 
 import random
 import time
@@ -9,6 +9,7 @@ from statistics import mean
 from .cells import Cell, CellResult, Data, Session
 from .generation import complete
 from .models import Loaded, check_length
+from .tasks.answers import holds
 from .tasks.layout import compose, count_tokens
 from .tasks.sources import sentences
 from .testbed import text
@@ -115,7 +116,7 @@ class NiahJob:
         return {
             "job": self.label, "variant": variant.name, "length": cell.length, "tokens": sample.tokens,
             "depth": sample.depth, "depth_reached": round(sample.reached, 4), "index": sample.index,
-            "expected": sample.value, "output": output, "score": float(sample.value in output),
+            "expected": sample.value, "output": output, "score": float(holds(output, sample.value)),
             "question_place": PLACE, "question_in_sparse_part": variant.question_in_sparse_part,
         }  # fmt: skip
 
