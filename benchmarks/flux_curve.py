@@ -26,6 +26,7 @@ from hfpatch import PatchConfig, patched
 from hfpatch.flux.examples import HOLISTIC, RETRIEVAL, built_in_example
 from hfpatch.flux.ranking import rank_layers
 from hfpatch.methods.flux import FluxConfig
+from hfpatch.prompt_ids import prompt_ids
 
 UNSEEN = ("multineedle", "tracking", "fewshot")
 EVERY = ("needle", *HOLISTIC, *RETRIEVAL, *UNSEEN)
@@ -77,7 +78,7 @@ class Curve:
         if task == "needle":
             job = NiahJob([length], DEPTHS, self.args.samples // len(DEPTHS))
             for sample in job.build(Loaded("embedded", self.model, self.tokenizer), length, seed=7):
-                head = self.tokenizer(sample.prompt, return_tensors="pt")["input_ids"][0]
+                head = torch.tensor(prompt_ids(self.tokenizer, sample.prompt))
                 told = self.tokenizer(f" {sample.value}", add_special_tokens=False)["input_ids"]
                 last = len(head) * (1 - sample.reached)
                 assert last > self.args.window, "a needle stands inside the window"

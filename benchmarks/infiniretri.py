@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from hfpatch.evals.memory import peak_reader, trim
+from hfpatch.evals.tasks.answers import holds
 from hfpatch.evals.tasks.sources import sentences
 from hfpatch.evals.tasks.stream import stream
 from hfpatch.evals.testbed import load, text
@@ -34,7 +35,7 @@ def read_once(patch: Any, tokenizer: Any, length: int, seed: int) -> dict[str, f
     start, busy = time.perf_counter(), time.process_time()
     found = patch.retrieve(pieces, text.question(key), tokenizer=tokenizer, progress=False)
     took = {"seconds": time.perf_counter() - start, "busy": time.process_time() - busy}
-    return {**took, "chunks": found.chunks, "kept": float(value in found.text)}
+    return {**took, "chunks": found.chunks, "kept": float(holds(found.text, value))}
 
 
 def child(length: int, repeat: int, threads: int) -> dict[str, Any]:

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
+from hfpatch.positions import position_table
+
 from .bench import time_once
 from .cells import Cell, Job, Session
 from .generation import text_ids
 from .models import Loaded
 from .runner import Run
 
-SHORT, LONG = 256, 1024
+SHORT, LONG, NEW = 256, 1024, 4
 CHILD_SECONDS = 10.0
 
 
@@ -45,11 +47,13 @@ def measure_speed(session: Session) -> Speed:
     start = time.perf_counter()
     loaded = session.loaded
     load = time.perf_counter() - start
-    time_once(loaded, text_ids(loaded, SHORT), 1)
-    short, token = time_once(loaded, text_ids(loaded, SHORT), 4)
-    long, _ = time_once(loaded, text_ids(loaded, LONG), 1)
-    square = max((long / LONG - short / SHORT) / (LONG - SHORT), 0.0)
-    return Speed(max(short / SHORT - square * SHORT, 0.0), square, token, load)
+    most = min(LONG, (position_table(loaded.model) or LONG + NEW) - NEW)
+    few = most * SHORT // LONG
+    time_once(loaded, text_ids(loaded, few), 1)
+    short, token = time_once(loaded, text_ids(loaded, few), NEW)
+    long, _ = time_once(loaded, text_ids(loaded, most), 1)
+    square = max((long / most - short / few) / (most - few), 0.0)
+    return Speed(max(short / few - square * few, 0.0), square, token, load)
 
 
 def estimate(run: Run, session: Session, speed: Speed) -> list[Estimate]:

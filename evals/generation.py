@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .models import Loaded
+from hfpatch.prompt_ids import prompt_ids
+
+from .models import Loaded, check_positions
 from .tasks.sources import sentences
 
 
@@ -32,9 +34,10 @@ def pad_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 @torch.inference_mode()
 def complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """The text the model adds to each prompt, greedily, in one batch."""
+    """The text the model adds to each prompt, greedily, in one batch. Raises EvaluationError beyond its positions."""
     pad = pad_id(model, tokenizer)
-    ids, mask = pad_left([tokenizer(p)["input_ids"] for p in prompts], pad)
+    ids, mask = pad_left([prompt_ids(tokenizer, p) for p in prompts], pad)
+    check_positions(model, ids.shape[1], max_new_tokens)
     out = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -68,5 +71,5 @@ def text_ids(loaded: Loaded, length: int, seed: int = 0) -> torch.Tensor:
     ids: list[int] = []
     while len(ids) < length:
         words += islice(source, max(32, length // 16))
-        ids = loaded.tokenizer(" ".join(words))["input_ids"]
+        ids = prompt_ids(loaded.tokenizer, " ".join(words))
     return torch.tensor([ids[:length]], device=loaded.device)

@@ -21,7 +21,7 @@ from .bench import Stopwatch
 from .cells import Cell, CellResult, Data, Session
 from .errors import EvaluationError
 from .generation import generate_tokens, text_ids
-from .models import Loaded, load_model, pick_device
+from .models import Loaded, check_positions, load_model, pick_device
 from .variants import Variant
 
 WARMUP = 4096  # tokens of the call before the measured one, in which patches act, so that their code is loaded
@@ -134,6 +134,7 @@ class _PhasePeaks(Stopwatch):
 
 
 def _measure(loaded: Loaded, variant: Variant, length: int, decode_tokens: int, seed: int) -> Data:
+    check_positions(loaded.model, length, decode_tokens + 1, loaded.name)
     reader = peak_reader(loaded.device)
     ids = text_ids(loaded, length, seed)
     with variant.applied(loaded.model):

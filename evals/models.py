@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfpatch.errors import ConfigError, UnsupportedModelError
+from hfpatch.positions import position_limit, position_table
 
 from .errors import EvaluationError, ModelNotFoundError
 
@@ -69,11 +70,25 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Loa
     return Loaded(name, found.to(where).eval(), tokenizer)
 
 
-def check_length(loaded: Loaded, length: int) -> None:
-    """Raise EvaluationError when the model has no positions for so many tokens."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+def check_length(loaded: Loaded, length: int, new_tokens: int = 0) -> None:
+    """Raise EvaluationError when the model has no positions for a prompt of so many tokens and its answer.
+
+    Positions that are computed, as in RoPE, may be exceeded by the answer, not by the prompt.
+    """
+    limit = position_limit(loaded.model)
     if limit and length > limit:
         raise EvaluationError(f"{loaded.name} has positions for {limit} tokens; {length} are too many.")
+    check_positions(loaded.model, length, new_tokens, loaded.name)
+
+
+def check_positions(model: Any, tokens: int, new_tokens: int, name: str = "") -> None:
+    """Raise EvaluationError when the model's table of positions, if it has one, ends before the answer does."""
+    table = position_table(model)
+    if table is not None and tokens + max(new_tokens - 1, 0) > table:
+        raise EvaluationError(
+            f"{name or type(model).__name__} has a table of {table} positions; {tokens} tokens and {new_tokens} for "
+            f"the answer are too many, ask for {max(table - new_tokens + 1, 0)} at most."
+        )
 
 
 def load_skeleton(name: str) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Needle in a haystack: lengths x depths, scored by string match."""
+"""Needle in a haystack: lengths x depths, scored by whether the answer holds the value."""
 
 import random
 import time
@@ -9,6 +9,7 @@ from statistics import mean
 from .cells import Cell, CellResult, Data, Session
 from .generation import complete
 from .models import Loaded, check_length
+from .tasks.answers import holds
 from .tasks.layout import compose, count_tokens
 from .tasks.sources import sentences
 from .testbed import text
@@ -80,6 +81,7 @@ class NiahJob:
         check_length(loaded, cell.length)
         samples = self.build(loaded, cell.length, session.seed)
         room = max(count_tokens(loaded.tokenizer, f" {s.value}") for s in samples) + 2
+        check_length(loaded, cell.length, room)
         outputs: list[str] = []
         start = time.perf_counter()
         with variant.applied(loaded.model) as patch:
@@ -114,7 +116,7 @@ class NiahJob:
         return {
             "job": self.label, "variant": variant.name, "length": cell.length, "tokens": sample.tokens,
             "depth": sample.depth, "depth_reached": round(sample.reached, 4), "index": sample.index,
-            "expected": sample.value, "output": output, "score": float(sample.value in output),
+            "expected": sample.value, "output": output, "score": float(holds(output, sample.value)),
             "question_place": PLACE, "question_in_sparse_part": variant.question_in_sparse_part,
         }  # fmt: skip
 

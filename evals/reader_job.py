@@ -14,6 +14,7 @@ from .errors import EvaluationError
 from .generation import complete
 from .memory import peak_reader, trim
 from .models import Loaded, check_length
+from .tasks.answers import holds
 from .tasks.layout import count_tokens
 from .tasks.sources import sentences
 from .tasks.stream import stream
@@ -128,7 +129,7 @@ class ReaderJob:
         return {
             "job": self.label, "variant": cell.variant, "length": cell.length, "depth": asked.depth,
             "index": asked.index, "expected": asked.answer, "output": output,
-            "score": float(asked.answer in output), **found, **took, "peak": reader.peak() - before,
+            "score": float(holds(output, asked.answer)), **found, **took, "peak": reader.peak() - before,
         }  # fmt: skip
 
     @staticmethod

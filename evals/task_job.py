@@ -47,7 +47,7 @@ class TaskJob:
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Answer every sample of one length under one variant."""
         loaded, variant, task = session.loaded, session.variant(cell.variant), get_task(self.task)
-        check_length(loaded, cell.length)
+        check_length(loaded, cell.length, task.max_new_tokens)
         samples = task.samples(loaded.tokenizer, cell.length, self.samples, session.seed, **self.options)
         outputs: list[str] = []
         start = time.perf_counter()

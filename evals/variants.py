@@ -11,14 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from hfpatch import MethodConfig, PatchConfig, get_method, patched
+from hfpatch import MethodConfig, PatchConfig, get_method, list_methods, patched
 from hfpatch.api import Patch
 from hfpatch.errors import ConfigError
-from hfpatch.registry import make_config
+from hfpatch.patch_config import CONFIG_FILE
+from hfpatch.registry import list_presets, make_config
 
 from .patch_files import read_patch
 
 DENSE, THROUGH = "dense", "dense through hfpatch"
+_DRIVE = re.compile(r"[A-Za-z]:([^=]+$|[\\/])")  # C:\patches, C:patches, but x:window=64
+_SLASH = re.compile(r"[^=]*[\\/]")
 _PART = re.compile(r"(?P<name>[\w-]+)(?::(?P<settings>.*))?", re.DOTALL)
 
 
@@ -117,7 +120,10 @@ def _variant(spec: str, settings: dict[str, Any], unused: set[str]) -> Variant:
         if settings:
             unused.clear()
             raise ConfigError(f"Settings go with a method's name; put them into the saved config {spec!r} instead.")
-        return Variant(Path(spec).name or spec, read_patch(spec))
+        try:
+            return Variant(_last_part(spec), read_patch(spec))
+        except OSError as error:
+            raise ConfigError(f"--patch {spec[:80]!r} cannot be read: {error.strerror or error}.") from error
     configs: list[MethodConfig] = []
     labels = []
     for part in spec.split("+"):
@@ -136,8 +142,28 @@ def _variant(spec: str, settings: dict[str, Any], unused: set[str]) -> Variant:
 
 
 def _is_path(spec: str) -> bool:
+    """Whether a spec names a file or folder: what looks like one, or is there and is no method's name."""
     head = re.split(r"[:+]", spec, maxsplit=1)[0]
-    return "/" in head or head.endswith(".json") or spec.startswith(".")
+    if _DRIVE.match(spec) or _SLASH.match(spec) or re.search(r"[\\/]", head):
+        return True
+    return head.endswith(".json") or spec.startswith(".") or _is_there(spec, head)
+
+
+def _is_there(spec: str, head: str) -> bool:
+    """Whether there is such a file or folder; where it begins with a method's name, one with a saved config."""
+    path = Path(spec)
+    try:
+        there, saved = path.exists(), path.is_file() or (path / CONFIG_FILE).is_file()
+    except (OSError, ValueError):  # too long for a path, or with a NUL in it
+        return False
+    if there and head.strip() in (*list_methods(), *list_presets()):
+        return saved and head != spec
+    return there
+
+
+def _last_part(path: str) -> str:
+    """The name of a file or folder, also of one on another system."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path
 
 
 def _inline(text: str, spec: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What every task is: a seeded generator of prompts with answers, and a score."""
 
 import random
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import EvaluationError
+from .answers import holds
 
 PLACES = ("end", "both")
 COMMON_OPTIONS: Mapping[str, Any] = {"haystack": "grammar", "depth": None, "question_place": "end"}
@@ -102,6 +102,5 @@ def clip(text: str, stop: Sequence[str]) -> str:
 
 
 def recall(text: str, answers: Sequence[str]) -> float:
-    """Share of `answers` that stand in `text` as whole words, whatever their case."""
-    found = sum(bool(re.search(rf"(?<!\w){re.escape(a)}(?!\w)", text, re.IGNORECASE)) for a in answers)
-    return found / len(answers) if answers else 0.0
+    """Share of `answers` that stand in `text`, as `answers.holds` says."""
+    return sum(holds(text, a) for a in answers) / len(answers) if answers else 0.0

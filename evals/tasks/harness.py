@@ -11,6 +11,7 @@ from ..errors import EvaluationError
 from ..testbed import CHECKPOINT
 from . import get_task
 from .base import Sample
+from .scripts import words
 
 EMBEDDED = "embedded"
 QUARTERS = ("first", "second", "third", "last")
@@ -29,12 +30,12 @@ def perplexity_docs(**metadata: Any) -> dict[str, Any]:
     """Each sample's prose in four parts of about equal length, each to be predicted from all before it."""
     rows = []
     for sample in _samples("perplexity_by_position", metadata):
-        words = sample.prompt.split(" ")
-        edges = [round(len(words) * k / len(QUARTERS)) for k in range(len(QUARTERS) + 1)]
+        said = words(sample.prompt)
+        edges = [round(len(said) * k / len(QUARTERS)) for k in range(len(QUARTERS) + 1)]
         for name, start, stop in zip(QUARTERS, edges, edges[1:], strict=False):
-            context = " ".join(words[:start])
-            told = (" " if start else "") + " ".join(words[start:stop])
-            rows.append({"context": context, "told": told, "quarter": name, "meta": _plain(sample.meta)})
+            context, told = "".join(said[:start]), "".join(said[start:stop])
+            if told:
+                rows.append({"context": context, "told": told, "quarter": name, "meta": _plain(sample.meta)})
     return _split(rows)
 
 
@@ -46,15 +47,20 @@ def score_doc(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 def perplexity_of_doc(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
     """Log-likelihood and words, for all of the text and for the document's quarter of it."""
-    value = (float(results[0][0] if isinstance(results[0], tuple) else results[0]), len(doc["told"].split()))
+    value = (float(results[0][0] if isinstance(results[0], tuple) else results[0]), len(words(doc["told"])))
     quarters = {f"ppl_{name}": value if name == doc["quarter"] else (0.0, 0) for name in QUARTERS}
     return {"ppl": value, **quarters}
 
 
 def word_perplexity(values: Sequence[tuple[float, int]]) -> float:
-    """exp of the mean negative log-likelihood per word."""
-    words = sum(n for _, n in values)
-    return math.exp(-sum(x for x, _ in values) / words) if words else float("nan")
+    """exp of the mean negative log-likelihood per word; a character counts where words are written together."""
+    count = sum(n for _, n in values)
+    if not count:
+        return math.nan
+    try:
+        return math.exp(-sum(x for x, _ in values) / count)
+    except OverflowError:
+        return math.inf
 
 
 def _samples(name: str, metadata: dict[str, Any]) -> list[Sample]:

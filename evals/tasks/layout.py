@@ -1,16 +1,18 @@
 """Facts laid out in a haystack whose length is measured with the model's own tokenizer."""
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import EvaluationError
+from hfpatch.prompt_ids import prompt_ids
 
-SLACK = 12
-_BATCH = 32
+from ..errors import EvaluationError
+from .filling import draw, little, nearest, opened, shortened, trim
+
+_TRIES, _DRAWN = 16, 4
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Layout:
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of a prompt as the model gets it, special tokens included."""
-    return len(tokenizer(text)["input_ids"])
+    return len(prompt_ids(tokenizer, text))
 
 
 def compose(
@@ -36,43 +38,83 @@ def compose(
     length: int,
     head: str = "",
     tail: str = "",
+    drawn: Collection[int] = (),
 ) -> Layout:
-    """`head`, sentences of `source` with the facts at the borders nearest to their depths, `tail`; lines apart.
+    """`head`, pieces of `source` with the facts at the borders nearest to their depths, `tail`; lines apart.
 
-    At most `length` tokens, and few less than that. Facts of equal depth keep their order. Raises EvaluationError when
-    the facts alone do not fit.
+    At most `length` tokens, and few less than that. Facts of equal depth keep their order; nobody asked for the depths
+    of those in `drawn`, which may be missed by more. Raises EvaluationError when the facts alone do not fit, and when
+    the length or a depth is missed by more than a little.
     """
-    least = _render(tokenizer, [], [], facts, [0.0] * len(facts), head, tail)
+    least = _render(tokenizer, facts, [0.0] * len(facts), head, tail, [], [])
     if least.tokens > length:
         raise EvaluationError(
             f"{length} tokens are too few: question and facts alone take {least.tokens}; raise the length."
         )
     if source is None:
         return least
-    hay, sizes = _draw(tokenizer, source, length - least.tokens)
-    found = _render(tokenizer, hay, sizes, facts, depths, head, tail)
+    render = partial(_render, tokenizer, facts, depths, head, tail)
+    hay, sizes = draw(tokenizer, source, length - least.tokens)
+    found = render(hay, sizes)
     while found.tokens > length:
         over = found.tokens - length
         while hay and over > 0:
             hay, sizes, over = hay[:-1], sizes[:-1], over - sizes[-1]
-        found = _render(tokenizer, hay, sizes, facts, depths, head, tail)
-    if rest := _shortened(tokenizer, next(source), length - found.tokens - 1):
-        longer = _render(tokenizer, [*hay, rest[0]], [*sizes, rest[1]], facts, depths, head, tail)
-        found = longer if longer.tokens <= length else found
+        found = render(hay, sizes)
+    spare = 1
+    for piece in islice(source, _TRIES):
+        missing = length - found.tokens
+        if rest := shortened(tokenizer, piece, missing - spare, missing > little(length)):
+            longer = [*hay, rest[0]], [*sizes, rest[1]]
+            tried = render(*longer)
+            if tried.tokens <= length:
+                (hay, sizes), found = longer, tried
+            else:
+                spare += 1
+        if length - found.tokens <= little(length):
+            break
+    goals = [(d, little(length) * (_DRAWN if n in drawn else 1)) for n, d in enumerate(depths)]
+    if opened(tokenizer, hay, sizes, goals):
+        found = render(hay, sizes)
+        while found.tokens > length:
+            trim(tokenizer, hay, sizes, found.tokens - length)
+            found = render(hay, sizes)
+    _check_depths(found, goals, sum(sizes))
+    return check_filled(found, length)
+
+
+def check_filled(found: Layout, length: int) -> Layout:
+    """The layout, if it is about as long as asked for. Raises EvaluationError."""
+    short = length - found.tokens
+    if short > little(length):
+        raise EvaluationError(
+            f"the prompt comes to {found.tokens} of {length} tokens, {short} too few, and this haystack gives the "
+            "tokenizer no more to fill it with; choose another haystack."
+        )
     return found
+
+
+def _check_depths(found: Layout, goals: Sequence[tuple[float, int]], hay: int) -> None:
+    for (wanted, allowed), got in zip(goals, found.depths, strict=True):
+        off = round(abs(got - wanted) * hay)
+        if off > allowed:
+            raise EvaluationError(
+                f"the fact for depth {wanted:.0%} would stand at {got:.0%} of the haystack, {off} tokens off, as "
+                "its pieces are too long; choose another haystack."
+            )
 
 
 def _render(
     tokenizer: PreTrainedTokenizerBase,
-    hay: list[str],
-    sizes: list[int],
     facts: Sequence[str],
     depths: Sequence[float],
     head: str,
     tail: str,
+    hay: list[str],
+    sizes: list[int],
 ) -> Layout:
     ends = [0, *accumulate(sizes)]
-    borders = [_nearest(ends, depth * ends[-1]) for depth in depths]
+    borders = [nearest(ends, depth * ends[-1]) for depth in depths]
     parts: list[str] = []
     done = 0
     for border, n in sorted((border, n) for n, border in enumerate(borders)):
@@ -86,38 +128,3 @@ def _render(
     else:
         got = [n / max(len(facts) - 1, 1) for n in range(len(facts))]
     return Layout(prompt, count_tokens(tokenizer, prompt), got, len(prompt) - len(tail))
-
-
-def _nearest(ends: list[int], goal: float) -> int:
-    after = min(bisect_left(ends, goal), len(ends) - 1)
-    return after - 1 if after and goal - ends[after - 1] <= ends[after] - goal else after
-
-
-def _draw(tokenizer: PreTrainedTokenizerBase, source: Iterator[str], room: int) -> tuple[list[str], list[int]]:
-    """Sentences of `room` tokens at most, and their sizes."""
-    hay: list[str] = []
-    sizes: list[int] = []
-    misses = 0
-    while misses < 8:
-        batch = list(islice(source, _BATCH))
-        encoded = tokenizer([" " + s for s in batch], add_special_tokens=False)["input_ids"]
-        for sentence, ids in zip(batch, encoded, strict=True):
-            if len(ids) > room:
-                misses += 1
-                continue
-            hay.append(sentence)
-            sizes.append(len(ids))
-            room -= len(ids)
-    return hay, sizes
-
-
-def _shortened(tokenizer: PreTrainedTokenizerBase, sentence: str, room: int) -> tuple[str, int] | None:
-    """The first words of a sentence that fit into `room` tokens, with their size; None when too few do."""
-    words = sentence.rstrip(".!?").split()
-    while room >= SLACK and len(words) > 2:
-        text = " ".join(words) + "."
-        size = len(tokenizer(" " + text, add_special_tokens=False)["input_ids"])
-        if size <= room:
-            return text, size
-        words = words[: max(2, min(len(words) - 1, int(len(words) * room / size)))]
-    return None

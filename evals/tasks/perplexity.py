@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hfpatch.prompt_ids import prompt_ids
+
 from ..errors import EvaluationError
 from .base import Sample, Task
 from .layout import compose
@@ -50,7 +52,7 @@ class PerplexityByPosition(Task):
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], buckets: int = 8
     ) -> list[Bucket]:
         """NLL in `buckets` ranges of positions of about equal width, over all samples. One forward per sample."""
-        rows = [token_nll(model, tokenizer(s.prompt, return_tensors="pt")["input_ids"]) for s in samples]
+        rows = [token_nll(model, torch.tensor([prompt_ids(tokenizer, s.prompt)])) for s in samples]
         if not rows:
             raise EvaluationError(f"{self.name}: there are no samples to measure.")
         longest = max(len(row) for row in rows)

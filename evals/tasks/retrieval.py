@@ -57,7 +57,8 @@ class FactTask(Task):
             head, tail = _question(task, options["question_place"])
             haystack = str(options["haystack"])
             source = sentences(haystack, self.rng(seed, index, "haystack"))
-            found = compose(tokenizer, task.facts, depths, source, length, head, tail)
+            drawn = [n for n in range(len(task.facts)) if task.spread and (self._ordered or n != task.target)]
+            found = compose(tokenizer, task.facts, depths, source, length, head, tail, drawn)
         answer = task.turns[0][1]
         together = haystack == "none" and not task.spread
         known = None if self._ordered or together else found.depths[task.target]

@@ -1,5 +1,6 @@
 """Where haystack sentences come from: the grammar, the shipped prose, a text file, a Hub data set."""
 
+import codecs
 import random
 from collections.abc import Iterator
 from functools import lru_cache
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from ..errors import EvaluationError
 from ..testbed import text
+from .pieces import split
 
 HUB = "hub:"
 _HUB_CHARACTERS = 4_000_000
@@ -25,30 +27,53 @@ def sentences(source: str, rng: random.Random) -> Iterator[str]:
     return _around(_read(source), rng)
 
 
-def _around(known: tuple[str, ...], rng: random.Random) -> Iterator[str]:
+def _around(known: tuple[tuple[str, ...], ...], rng: random.Random) -> Iterator[str]:
     index = rng.randrange(len(known))
+    skipped = rng.randrange(len(known[index])) if len(known[index]) > 1 else 0
+    yield from known[index][skipped:]
     while True:
-        yield known[index % len(known)]
         index += 1
+        yield from known[index % len(known)]
 
 
 @lru_cache(maxsize=4)
-def _read(source: str) -> tuple[str, ...]:
-    words = _read_hub(source) if source.startswith(HUB) else _read_file(Path(source))
-    found = tuple(text.split_sentences(words))
+def _read(source: str) -> tuple[tuple[str, ...], ...]:
+    words = _read_hub(source) if source.startswith(HUB) else read_text(source)
+    found = tuple(split(words))
     if not found:
         raise EvaluationError(f"The haystack {source!r} holds no sentences; choose another text.")
     return found
 
 
-def _read_file(path: Path) -> str:
+def read_text(name: str) -> str:
+    """A UTF-8 text file, with or without a byte order mark. Raises EvaluationError saying what is wrong with it."""
+    path = Path(name)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if path.is_dir():
+            raise EvaluationError(f"The haystack {name!r} is a folder; name a text file in it.")
+        text = path.read_bytes().decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _missing(name) from error
+    except OSError as error:
+        raise EvaluationError(f"The haystack {name!r} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise EvaluationError(
-            f"There is no haystack {str(path)!r}; write grammar, prose, the path of a UTF-8 text file or "
-            f"{HUB}OWNER/NAME[:SPLIT[:COLUMN]]."
+            f"The haystack {name!r} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}"
+            f"{'; it looks like UTF-16' if wide else ''}); save it as UTF-8."
         ) from error
+    except ValueError as error:  # a path with a NUL in it
+        raise _missing(name) from error
+    if "\0" in text:
+        raise EvaluationError(f"The haystack {name!r} holds NUL bytes, so it is no UTF-8 text; save it as UTF-8.")
+    return text
+
+
+def _missing(name: str) -> EvaluationError:
+    return EvaluationError(
+        f"There is no haystack {name!r}; write grammar, prose, the path of a UTF-8 text file or "
+        f"{HUB}OWNER/NAME[:SPLIT[:COLUMN]]."
+    )
 
 
 def _read_hub(source: str) -> str:

@@ -76,11 +76,14 @@ def grammar_sentences(rng: random.Random) -> Iterator[str]:
         )  # fmt: skip
 
 
+# Where an English sentence ends and the next one begins.
+SENTENCE_BORDER = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))\s+(?=[\"'“‘(]*[A-Z])")
+
+
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a prose text, whitespace normalised, in their order."""
+    """Sentences of English prose, whitespace normalised, in their order."""
     flat = re.sub(r"\s+", " ", text).strip()
-    parts = re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))\s+(?=[\"'“‘(]*[A-Z])", flat)
-    return [part for part in parts if len(part) > 1]
+    return [part for part in SENTENCE_BORDER.split(flat) if len(part) > 1]
 
 
 @cache

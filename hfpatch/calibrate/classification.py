@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..prompt_ids import prompt_ids
 
 RENAMED = {"animal": "river", "plant": "lemon", "tool": "tiger", "place": "hammer"}
 _LABEL = re.compile(r"Topic: (\w+)\.")
@@ -127,7 +128,7 @@ class Questions:
         self.allowed = torch.tensor([[n in e.labels for n in names] for e in examples]).reshape(len(examples), -1)
         right = [names.index(e.answer) if e.answer in names else -1 for e in examples]
         self.right = torch.tensor(right, dtype=torch.long)
-        ids = [tokenizer(e.prompt)["input_ids"] for e in examples]
+        ids = [prompt_ids(tokenizer, e.prompt) for e in examples]
         self.batches = _by_length(ids, batch)
 
     @staticmethod

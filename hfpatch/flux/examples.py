@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..prompt_ids import prompt_ids
 
 RETRIEVAL = ("single", "multikey", "kvlist", "passkey")
 HOLISTIC = ("prose", "grammar", "copying")
@@ -81,7 +82,7 @@ def _count(tokenizer: Any, text: str) -> int:
 
 
 def _example(tokenizer: Any, prompt: str, answer: str, kind: str, limit: int) -> Example:
-    head = list(tokenizer(prompt)["input_ids"])
+    head = prompt_ids(tokenizer, prompt)
     tail = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     ids = (head + tail)[-limit:]
     return Example(torch.tensor(ids), max(1, len(ids) - len(tail)), kind)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..prompt_ids import special_around
 
 _CONTEXT, _QUESTION = "\x02context\x02", "\x02question\x02"
 
@@ -40,11 +41,6 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
         raise
 
 
-def _leading_special(tokenizer: Any) -> list[int]:
-    ids, plain = tokenizer("a")["input_ids"], tokenize(tokenizer, "a")
-    return list(ids[: len(ids) - len(plain)]) if plain and ids[-len(plain) :] == plain else []
-
-
 def make_prompt(tokenizer: Any, template: str, question: str, chat: bool | None) -> Prompt:
     """Lay out the prompt for `question`. Raises InputError when a chat template is asked for and missing."""
     text = template.replace("{context}", _CONTEXT).replace("{question}", _QUESTION)
@@ -58,7 +54,7 @@ def make_prompt(tokenizer: Any, template: str, question: str, chat: bool | None)
         if _CONTEXT not in text or _QUESTION not in text:
             raise InputError("The chat template drops part of the message; set chat=False.")
     else:
-        special = _leading_special(tokenizer)
+        special, _ = special_around(tokenizer)
     head, rest = text.split(_CONTEXT, 1)
     middle, tail = rest.split(_QUESTION, 1)
     return Prompt(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..positions import position_limit, position_table
 from .prompt import Prompt, left_padded, make_prompt, tokenize
 from .scores import QuestionView, Seen
 from .sentences import Encoded, Sentence, chunks, faithful_end, plain_end, sentences
@@ -66,10 +67,10 @@ class Reader:
         if tokenizer is None or not callable(tokenizer):
             raise InputError("Pass the model's tokenizer: retrieve(context, question, tokenizer=tokenizer).")
         self.model: Any = model
-        config: Any = model.config
         self.tokenizer, self.settings, self.capture = tokenizer, settings, capture
         self.faithful = settings.mode == "faithful"
-        self.window: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.table = position_table(model)
+        self.window = self.table or position_limit(model)
 
     def retrieve(
         self, context: Context | list[str], question: str | list[str], state_file: str | None, progress: bool
@@ -99,6 +100,7 @@ class Reader:
         for r in found:
             prompt = self._prompt(r.question)
             rows.append(prompt.ids([t for k in r.kept for t in tokenize(self.tokenizer, k.text)]))
+        self._check_room(rows, generate_kwargs.get("max_new_tokens") or 1)
         batch = left_padded(rows, self._pad(), self.model.device)
         batch.pop("position_ids")
         with torch.no_grad():
@@ -119,6 +121,15 @@ class Reader:
                 f"The question takes {prompt.size} tokens of the model's {self.window}; ask a shorter one."
             )
         return _Item(prompt, Retrieval(question))
+
+    def _check_room(self, rows: list[list[int]], new_tokens: int) -> None:
+        """Raise InputError when the model's table of positions, if it has one, ends before the last new token."""
+        longest = max(map(len, rows))
+        if self.table is not None and longest + new_tokens - 1 > self.table:
+            raise InputError(
+                f"A prompt of {longest} tokens and {new_tokens} new do not fit into the model's {self.table} "
+                "positions; lower chunk_tokens, keep_budget or max_new_tokens."
+            )
 
     def _pad(self) -> int:
         pad = self.tokenizer.pad_token_id
@@ -152,6 +163,7 @@ class Reader:
     def _step(self, items: list[_Item], chunk: list[Encoded], keep: int | None) -> None:
         contexts = [[*item.kept, *chunk] for item in items]
         rows = [i.prompt.ids([t for e in c for t in e.ids]) for i, c in zip(items, contexts, strict=True)]
+        self._check_room(rows, 1)
         self.capture.questions = {n: len(item.prompt.tail) for n, item in enumerate(items)}
         self.capture.views = {}
         self.capture.stop = getattr(self.model, "hf_device_map", None) is None

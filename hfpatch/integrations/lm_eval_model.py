@@ -12,6 +12,8 @@ from .. import Patch, PatchConfig, get_patch, patch_model
 from ..errors import ConfigError, NotPatchedError
 from ..version import __version__
 from .merged_report import merge_reports
+from .open_prompts import OpenPrompts
+from .response_cache import ResponseKey, keep_apart
 from .right_padding import RightPadding
 
 try:
@@ -60,13 +62,14 @@ def take_settings(patch_args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 @register_model("hfpatch")
-class HFPatchLM(HFLM):
+class HFPatchLM(OpenPrompts, HFLM):
     """lm-eval's `hf` with a patch: `pretrained=...,patch=NAME,patch_window=64`, all else as for `hf`.
 
     `pretrained` may be "embedded"; `patch` is what the command line takes: a name, NAME+NAME, a config file or folder,
     a Hub id. Settings come as `patch_<setting>=value` or, where arguments are JSON, as an object in `patch_args`; in
     NAME+NAME they go to every method that knows them.
     `strict` refuses loglikelihood requests for methods in which a later token can change an earlier one.
+    A cache of responses (`--use_cache`) keeps those of every model and patch apart.
     """
 
     last_report: ClassVar[str | None] = None
@@ -106,6 +109,13 @@ class HFPatchLM(HFLM):
     def _apply_patch(self) -> None:
         if self._patch_config is not None:
             patch_model(self._model, self._patch_config)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Called by lm-eval with its store of responses, which it shares between all models of that file."""
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None:
+            key = ResponseKey(self, self._strict)
+            keep_apart(cache_hook.dbdict, lambda request: key.of(self.patch, request))
 
     @property
     def patch(self) -> Patch | None:

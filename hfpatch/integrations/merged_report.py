@@ -30,6 +30,7 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _density(lines: list[dict[str, Any]]) -> float:
+def _density(lines: list[dict[str, Any]]) -> float | None:
+    """None where no call came, as when a cache gave all answers."""
     visible = sum(x["visible"] for x in lines)
-    return sum(x["attended"] for x in lines) / visible if visible else 1.0
+    return sum(x["attended"] for x in lines) / visible if visible else None
