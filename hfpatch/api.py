@@ -20,6 +20,7 @@ from .errors import (
 )
 from .injection import AttentionLayer, Survey, attach, check_queries, detach, survey
 from .layers import parse_layers
+from .learned import check_given
 from .method import Method, check_compatible
 from .ops import list_executors
 from .patch_config import PatchConfig
@@ -195,6 +196,7 @@ def plan_patch(
     """What patching would do, without doing it: every attention layer with its methods or the reason for none."""
     found = survey(model)
     methods = _build(_as_config(method, settings))
+    check_given(methods, model)
     chosen, why = _assign(methods, found)
     return [(x, "+".join(m.name for m in chosen[n]) or why[n]) for n, x in enumerate(found.layers)]
 
@@ -218,11 +220,7 @@ def _as_config(method: Any, settings: dict[str, Any]) -> PatchConfig:
 
 
 def _build(config: PatchConfig) -> list[Method]:
-    methods = []
-    for n, c in enumerate(config.methods):
-        own = {k.split(".", 1)[1]: t for k, t in config.tensors.items() if k.split(".", 1)[0] == str(n)}
-        methods.append(get_method(c.method)(c, own))
-    return methods
+    return [get_method(c.method)(c, own) for c, own in zip(config.methods, config.tensors_by_method(), strict=True)]
 
 
 def _assign(methods: list[Method], found: Survey) -> tuple[list[list[Method]], list[str]]:
@@ -258,6 +256,7 @@ def _prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Patch:
 def _prepare_methods(model: nn.Module, config: PatchConfig, methods: list[Method]) -> Patch:
     _check_executors(config)
     found = survey(model)
+    check_given(methods, model)
     chosen, why = _assign(methods, found)
     for some in chosen:
         check_compatible(some)

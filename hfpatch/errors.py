@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from .values import shown
+
 
 class HfpatchError(Exception):
     """Base of all errors raised by hfpatch."""
@@ -15,12 +17,16 @@ class UnknownMethodError(HfpatchError):
         known = sorted(known)
         near = get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods: {', '.join(known)}."
-        super().__init__(f"There is no method called {name!r}; {hint}")
+        super().__init__(f"There is no method called {shown(name)}; {hint}")
         self.name, self.near = name, near
 
 
 class ConfigError(HfpatchError):
     """A setting with a wrong name, type or value."""
+
+
+class SaveError(HfpatchError):
+    """A patch that could not be written; its folder holds what it held before, or all of the new patch."""
 
 
 class UnsupportedModelError(HfpatchError):

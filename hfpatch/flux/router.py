@@ -59,9 +59,16 @@ class Routers(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Routers":
-        """Routers rebuilt from what `state_dict` gave. Raises KeyError or RuntimeError on tensors that do not fit."""
+        """Routers rebuilt from what `state_dict` gave, of the shapes that `router_shapes` tells."""
         layers = sorted({int(name.split(".")[1]) for name in tensors})
-        dim = tensors[f"layer.{layers[0]}.encoder.0.weight"].shape[1]
-        routers = cls(layers, dim)
-        routers.load_state_dict(dict(tensors))
+        with torch.device("meta"):
+            routers = cls(layers, tensors[f"layer.{layers[0]}.encoder.0.weight"].shape[1])
+        routers.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
         return routers.eval()
+
+
+def router_shapes(dim: int | None) -> dict[str, tuple[int | None, ...]]:
+    """The shapes of the parameters of a router that reads `dim` channels, by name; any when None."""
+    with torch.device("meta"):
+        found = {name: t.shape for name, t in Router(dim or 1).named_parameters()}
+    return {name: (None,) * len(s) if dim is None else tuple(s) for name, s in found.items()}

@@ -77,8 +77,8 @@ class FlashPrefill(Method):
         if call.Lk < s.min_length or tiles <= 0:
             return None
         stop = min(tiles * s.block_q, call.Lq)
-        grid = Grid(call.layout.rows(0, stop), s.block_q, s.block_k)
-        means = block_means(call.k[:, :, : grid.at.Lk], s.block_k)
+        grid = Grid.of(call.layout.rows(0, stop), s.block_q, s.block_k)
+        means = block_means(call.k[:, :, : grid.at.Lk], grid.block_k)
         energy = tile_energy(call.q[:, :, :stop], means * call.scale, grid, choosers(call.layout, s.share))
         keep = (energy > 0) & (energy >= s.alpha * energy.amax(-1, keepdim=True))
         if s.alpha == 0:

@@ -1,22 +1,24 @@
 """Vertical-slash prefill: the columns and diagonals that the last queries attend to."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import SHARES, Grid, check_budget, choosers, kept_blocks, pad_to, tokens_of
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
+from ..json_file import read_json
+from ..learned import Learned, ModelSizes
 from ..method import Method
 from ..registry import register_method
 from ..selection import Selection
+from ..values import INT_END, Misfit, OutOfRange, PathText, fitted, shown
 
 
 @dataclass(kw_only=True)
@@ -26,7 +28,7 @@ class VerticalSlashConfig(MethodConfig):
     method: ClassVar[str] = "vertical_slash"
     vertical: int | float = option(0.05, "columns kept, the first ones included", gt=0)
     slash: int | float = option(0.1, "diagonals kept, the nearest ones included", gt=0)
-    head_config: str | None = option(None, "JSON file with (vertical, slash) tokens per layer and query head")
+    head_config: PathText | None = option(None, "JSON file with (vertical, slash) tokens per layer and query head")
     estimate: int = option(64, "last queries whose attention is looked at", ge=1)
     sink: int = option(30, "first columns, always kept", ge=0)
     local: int = option(100, "nearest diagonals, always kept", ge=1)
@@ -64,23 +66,12 @@ class VerticalSlash(Method):
     def __init__(self, config: VerticalSlashConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
         self.settings = config
-        self.per_head = (tensors or {}).get("per_head")
-        if self.per_head is None and config.head_config is not None:
-            self.per_head = read_head_config(config.head_config)
+        if not self.given and config.head_config is not None:
+            self.given = {"per_head": read_head_config(config.head_config)}
+        self.per_head = self.given.get("per_head")
 
-    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
-        config: Any = getattr(model, "config", None)
-        heads = getattr(config.get_text_config(), "num_attention_heads", None) if config is not None else None
-        if self.per_head is None:
-            return
-        if max(layers, default=0) >= len(self.per_head) or heads not in (None, self.per_head.shape[1]):
-            raise ConfigError(
-                f"vertical_slash: head_config holds {len(self.per_head)} layers of {self.per_head.shape[1]} heads; "
-                f"the model has {heads} heads and is patched up to layer {max(layers, default=0)}."
-            )
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {} if self.per_head is None else {"per_head": self.per_head}
+    def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
+        return {"per_head": Learned((sizes.layers, sizes.heads, 2), whole=True, ge=0, le=INT_END)}
 
     def notes(self) -> list[str]:
         return [f"vertical_slash: calls with fewer than {self.settings.min_length} keys run dense (min_length)"]
@@ -90,14 +81,15 @@ class VerticalSlash(Method):
         s = self.settings
         if call.Lk < s.min_length:
             return None
-        grid, heads = Grid(call.layout, s.block_q, s.block_k), choosers(call.layout, s.share)
+        grid, heads = Grid.of(call.layout, s.block_q, s.block_k), choosers(call.layout, s.share)
+        size = grid.block_k
         columns, diagonals = (
-            pad_to(x.unflatten(1, (heads, -1)).sum(2), s.block_k, -1).unflatten(-1, (-1, s.block_k)).sum(-1)
+            pad_to(x.unflatten(1, (heads, -1)).sum(2), size, -1).unflatten(-1, (-1, size)).sum(-1)
             for x in line_sums(call, min(s.estimate, call.Lq))
         )
         vertical, slash = self.budgets(call, heads)
-        vertical_kept = best_lines(columns, -(-vertical // s.block_k), -(-s.sink // s.block_k))
-        slash_kept = best_lines(diagonals, -(-slash // s.block_k), -(-s.local // s.block_k))
+        vertical_kept = best_lines(columns, -(-vertical // size), -(-s.sink // size))
+        slash_kept = best_lines(diagonals, -(-slash // size), -(-s.local // size))
         return kept_blocks(grid, vertical_kept[:, :, None] | crossed(slash_kept, grid))
 
     def budgets(self, call: AttentionCall, heads: int) -> tuple[Tensor, Tensor]:
@@ -157,12 +149,18 @@ def crossed(bands: Tensor, grid: Grid) -> Tensor:
 
 def read_head_config(path: str) -> Tensor:
     """Budgets `[layers, Hq, 2]` of a JSON list over layers of {head: [kind, vertical, slash, ...]}."""
+    where = f"vertical_slash: head_config={shown(path)}"
     try:
-        layers = json.loads(Path(path).read_text())
-        rows = [[layer[str(h)] for h in range(len(layer))] for layer in layers]
+        rows = [[layer[str(h)] for h in range(len(layer))] for layer in read_json(Path(path))]
         kinds = {row[0] for layer in rows for row in layer}
-        if kinds - {"vertical_and_slash"}:
-            raise ConfigError(f"vertical_slash: {path} asks for {sorted(kinds)}; only vertical_and_slash is known.")
-        return torch.tensor([[[int(row[1]), int(row[2])] for row in layer] for layer in rows])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise ConfigError(f"vertical_slash: head_config={path!r} cannot be read ({type(e).__name__}: {e}).") from e
+        budgets = [[fitted(row[1:3], list[int]) for row in layer] for layer in rows]
+        found = torch.tensor(budgets, dtype=torch.long)
+    except (ConfigError, OutOfRange, ValueError, LookupError, TypeError) as e:
+        raise ConfigError(f"{where} cannot be read ({type(e).__name__}: {e}).") from e
+    except Misfit as e:
+        raise ConfigError(f"{where} cannot be read (budgets are whole numbers).") from e
+    if kinds - {"vertical_and_slash"}:
+        raise ConfigError(f"{where} asks for {sorted(map(shown, kinds))}; only vertical_and_slash is known.")
+    if found.ndim != 3 or found.shape[2] != 2:
+        raise ConfigError(f"{where} cannot be read (every head of every layer needs its kind and two budgets).")
+    return found
