@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,26 @@ class BoundaryPredictor(nn.Module):
     sizes: Tensor
 
     def __init__(
-        self, channels: int, *, window: int = 4, width: int | None = 64, heads: int = 4, hidden: int = 256
+        self,
+        channels: int,
+        *,
+        window: int = 4,
+        width: int | None = 64,
+        heads: int = 4,
+        hidden: int = 256,
+        device: str | None = None,
     ) -> None:
         super().__init__()
         inner = width or channels
         if inner % heads:
             raise ConfigError(f"A boundary predictor of width {inner} cannot have {heads} heads.")
         self.channels, self.window, self.width, self.heads = channels, window, width, heads
-        self.reduce = nn.Linear(channels, inner, bias=False) if width else None
-        self.qkv = nn.Linear(inner, 3 * inner)
-        self.out = nn.Linear(inner, inner)
-        self.norm = nn.LayerNorm(inner)
-        self.mlp = nn.Sequential(nn.Linear(4 * inner + 1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        linear = partial(nn.Linear, device=device)
+        self.reduce = linear(channels, inner, bias=False) if width else None
+        self.qkv = linear(inner, 3 * inner)
+        self.out = linear(inner, inner)
+        self.norm = nn.LayerNorm(inner, device=device)
+        self.mlp = nn.Sequential(linear(4 * inner + 1, hidden), nn.ReLU(), linear(hidden, 1))
         self.register_buffer("sizes", torch.tensor([channels, window, width or 0, heads, hidden]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,9 +104,11 @@ class BoundaryPredictor(nn.Module):
         return {PREFIX + name: t for name, t in self.state_dict().items()}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "BoundaryPredictor":
-        """The predictor saved in `tensors`, which are as `learned` tells."""
+    def of(cls, tensors: Mapping[str, Tensor]) -> "BoundaryPredictor | None":
+        """The predictor saved in `tensors`, which are as `learned` tells; None if there is none."""
         own = {name.removeprefix(PREFIX): t for name, t in tensors.items()}
+        if not own:
+            return None
         made = cls._empty(own["sizes"])
         made.load_state_dict(
             {k: t.float() if t.is_floating_point() else t.long() for k, t in own.items()}, assign=True
@@ -108,8 +119,7 @@ class BoundaryPredictor(nn.Module):
     def _empty(cls, sizes: Tensor) -> "BoundaryPredictor":
         """One of these sizes, without memory for its weights."""
         channels, window, width, heads, hidden = sizes.tolist()
-        with torch.device("meta"):
-            return cls(channels, window=window, width=width or None, heads=heads, hidden=hidden)
+        return cls(channels, window=window, width=width or None, heads=heads, hidden=hidden, device="meta")
 
     @classmethod
     def learned(cls, tensors: Mapping[str, Tensor]) -> dict[str, Learned]:
@@ -145,5 +155,6 @@ def load_predictor(name_or_path: str | Path) -> BoundaryPredictor:
         if PREFIX + "sizes" in own:
             own = {name: t for name, t in own.items() if name.startswith(PREFIX)}
             check_tensors(f"dhsa: {name_or_path}", own, BoundaryPredictor.learned(own), torch.float32)
-            return BoundaryPredictor.of(own)
+            if (found := BoundaryPredictor.of(own)) is not None:
+                return found
     raise ConfigError(f"{name_or_path} holds no boundary predictor; make one with `hfpatch calibrate dhsa`.")

@@ -141,8 +141,7 @@ class Dhsa(Method):
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         """Load the predictor and settle which layer shares with which. Raises ConfigError."""
         s = self.settings
-        if self.given:
-            self.predictor = BoundaryPredictor.of(self.given)
+        self.predictor = BoundaryPredictor.of(self.given)
         if s.boundaries == "predictor" and self.predictor is None:
             if s.predictor is None:
                 raise ConfigError(

@@ -21,6 +21,9 @@ from ..selection import Selection
 from ..values import INT_END, Misfit, OutOfRange, PathText, fitted, shown
 
 
+CHUNK_ELEMENTS = 1 << 24
+
+
 @dataclass(kw_only=True)
 class VerticalSlashConfig(MethodConfig):
     """Settings of `vertical_slash`; budgets in tokens or as a share of the prompt."""
@@ -104,18 +107,31 @@ class VerticalSlash(Method):
 
 def line_sums(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     """Attention weights of the `last` queries summed per column and per diagonal i - j, both `[B, Hq, Lk]`."""
-    future = torch.ones(last, last, dtype=torch.bool, device=call.q.device).triu(1).flip(-1)
-    columns, diagonals = [], []
+    step = max(1, CHUNK_ELEMENTS // (call.B * call.groups * call.Lk))
+    columns, diagonals = (call.q.new_zeros(call.B, call.Hq, call.Lk, dtype=torch.float32) for _ in range(2))
     for h in range(call.Hkv):
-        q = call.q[:, h * call.groups : (h + 1) * call.groups, call.Lq - last :].float() * call.scale
-        logits = q @ call.k[:, h : h + 1].flip(2).float().mT
-        if call.softcap is not None:
-            logits = torch.tanh(logits / call.softcap) * call.softcap
-        logits[..., :last].masked_fill_(future, -torch.inf)
-        weights = logits.softmax(-1)
-        columns.append(weights.sum(2).flip(-1))
-        diagonals.append(diagonal_sums(weights))
-    return torch.cat(columns, 1), torch.cat(diagonals, 1)
+        heads = slice(h * call.groups, (h + 1) * call.groups)
+        keys = call.k[:, h : h + 1].flip(2).float().mT
+        for start in range(call.Lq - last, call.Lq, step):
+            stop = min(start + step, call.Lq)
+            weights = _weights_from_last(call, heads, keys, start, stop)
+            columns[:, heads, : call.off + stop] += weights.sum(2).flip(-1)
+            diagonals[:, heads, : call.off + stop] += diagonal_sums(weights)
+    return columns, diagonals
+
+
+def _weights_from_last(call: AttentionCall, heads: slice, keys: Tensor, start: int, stop: int) -> Tensor:
+    """Softmax weights `[B, G, R, n]` of queries `start..stop`, keys from the last they see to the first.
+
+    `keys [B, 1, D, Lk]` from last to first, in float32.
+    """
+    rows = stop - start
+    logits = call.q[:, heads, start:stop].float() * call.scale @ keys[..., call.Lq - stop :]
+    if call.softcap is not None:
+        logits = torch.tanh(logits / call.softcap) * call.softcap
+    future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device).triu(1).flip(-1)
+    logits[..., :rows].masked_fill_(future, -torch.inf)
+    return logits.softmax(-1)
 
 
 def diagonal_sums(weights: Tensor) -> Tensor:
