@@ -91,7 +91,10 @@ def _write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     from safetensors.torch import save_file
 
     own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    file.touch()
+    mode = file.stat().st_mode
     save_file(own, file)
+    file.chmod(mode)  # the library makes files that are for their owner alone
     _flush(file)
     return _digest(file)
 

@@ -19,12 +19,13 @@ from hfpatch.methods.flux import FluxConfig
 LENGTH = 63
 SPARSE = {"sparse_settings": {"sink": 2, "window": 8}}
 GATED = [MethodCase("gated", {"form": form}, label=f"gated-{form}") for form in ("double", "sigmoid", "constant")]
+DHSA = {"budget": 24, "sink": 2, "local": 4, "block_q": 4, "question_tokens": 0}
+MEANS = {"min_length": 0, "block_q": 8, "block_k": 8, "alpha": 0.6, "last_blocks": 0, "sink": 1, "window": 1}
 MORE = [
     MethodCase("flux", {"router": "oracle", "tolerance": 0.3, **SPARSE}, label="flux-oracle"),
-    MethodCase("dhsa", {"budget": 24, "sink": 2, "local": 4, "block_q": 4, "boundaries": "oracle"}, label="dhsa-oracle"),
-    MethodCase("flash_prefill", {"min_length": 0, "block_q": 8, "block_k": 8, "alpha": 0.6, "last_blocks": 0, "sink": 1,
-                                 "window": 1, "mean_correction": True}, label="mean-correction"),
-]  # fmt: skip
+    MethodCase("dhsa", {**DHSA, "boundaries": "oracle"}, label="dhsa-oracle"),
+    MethodCase("flash_prefill", {**MEANS, "mean_correction": True}, label="mean-correction"),
+]
 CASES = [*METHODS, *GATED, *MORE]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -36,7 +37,7 @@ def tiny() -> PreTrainedModel:
 def learned(name: str) -> PatchConfig:
     """A patch with trained parts: boundaries by a predictor, routes by routers."""
     if name == "dhsa":
-        config: Any = DhsaConfig(budget=24, sink=2, local=4, block_q=4, boundaries="predictor", question_tokens=0)
+        config: Any = DhsaConfig(**DHSA, boundaries="predictor")
         tensors = BoundaryPredictor(32, width=8, heads=2, hidden=8).tensors()
     else:
         config, tensors = FluxConfig(router="learned", pool=10, **SPARSE), Routers(range(3), 16).state_dict()

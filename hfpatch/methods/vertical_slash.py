@@ -20,7 +20,6 @@ from ..registry import register_method
 from ..selection import Selection
 from ..values import INT_END, Misfit, OutOfRange, PathText, fitted, shown
 
-
 CHUNK_ELEMENTS = 1 << 24
 
 

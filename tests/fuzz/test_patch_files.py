@@ -41,6 +41,7 @@ def patches() -> dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]]:
     """For every method that learns: its settings and tensors that fit the tiny model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        routers = dict(Routers(range(LAYERS), HEAD).state_dict())
         return {
             "gated": ("gated", {}, gates("weight")),
             "gated-channels": ("gated", {"form": "sigmoid"}, gates("weight", "bias", rows=HIDDEN)),
@@ -50,7 +51,7 @@ def patches() -> dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]]:
             "head_scale": ("head_scale", {}, {"scale": torch.rand(LAYERS, HEADS)}),
             "vertical_slash": ("vertical_slash", {"min_length": 0, "block_q": 8, "block_k": 4, "sink": 1, "local": 2},
                                {"per_head": torch.randint(1, 12, (LAYERS, HEADS, 2))}),
-            "flux": ("flux", {"router": "learned", "pool": 9, **SPARSE}, dict(Routers(range(LAYERS), HEAD).state_dict())),
+            "flux": ("flux", {"router": "learned", "pool": 9, **SPARSE}, routers),
             "flux-ranking": ("flux", {"router": "entropy", **SPARSE}, {"ranking": torch.rand(LAYERS)}),
             "dhsa": ("dhsa", DHSA, BoundaryPredictor(KV_HEADS * HEAD, width=8, heads=2, hidden=8).tensors()),
         }  # fmt: skip
@@ -97,9 +98,12 @@ ONLY_IN_MEMORY: list[Callable[[Tensor], Any]] = [
     lambda t: t.to("meta"), lambda t: t.to_sparse(), lambda t: t.to(torch.float64) * 1e300, lambda t: t.tolist(),
     lambda t: t.numpy() if t.dtype != torch.bfloat16 else 3, lambda t: None, lambda t: torch.nn.Parameter(t.float()),
 ]  # fmt: skip
-KEYS = ["", "0", "0.", ".gamma", "00.gamma", "-1.gamma", "1.gamma", "9.gamma", "0.gamma.x", "0.GAMMA", "0.gama", "x", "0 .gamma",
-        "٠.gamma", "0.layers.0.weight", "0.layers.00.weight", "0.layers." + "9" * 5000 + ".weight", "0.layers.-1.bias", "0.scale",
-        "0.layer.0.encoder.0.weight", "0.predictor.sizes", "0.predictor.evil", "0.ranking", "0.per_head", "\0", "\ud800"]  # fmt: skip
+KEYS = [
+    *("", "0", "0.", ".gamma", "00.gamma", "-1.gamma", "1.gamma", "9.gamma", "0.gamma.x", "0.GAMMA", "0.gama", "x"),
+    *("\u0660.gamma", "0.layers.0.weight", "0.layers.00.weight", f"0.layers.{'9' * 5000}.weight", "0.layers.-1.bias"),
+    *("0.scale", "0.layer.0.encoder.0.weight", "0.predictor.sizes", "0.predictor.evil", "0.ranking", "0.per_head"),
+    *("0 .gamma", "\0", "\ud800"),
+]  # fmt: skip
 
 
 def changed(tensors: Tensors, in_memory: bool) -> st.SearchStrategy[Tensors]:
@@ -167,9 +171,10 @@ def test_tensors_through_files(name: str, examples: int, tmp_path: Path) -> None
     run()
 
 
+WORDS = st.sampled_from(["method", "window", "sink", "layers", "gamma", "heads", "sparse_settings", "x"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5) | st.sampled_from(["method", "layers"]), x, max_size=3),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5) | WORDS, x, max_size=3),
     max_leaves=6,
 )  # fmt: skip
 VERSIONS = st.sampled_from(
@@ -220,8 +225,8 @@ def test_configs_of_any_shape(examples: int) -> None:
     entry = st.builds(
         lambda m, more: {"method": m, **more},
         st.sampled_from(["streaming", "zerotuning", "flux", "act", "nothing"]) | JSON,
-        st.dictionaries(st.sampled_from(["window", "sink", "layers", "gamma", "heads", "sparse_settings", "x"]), JSON, max_size=2),
-    )  # fmt: skip
+        st.dictionaries(WORDS, JSON, max_size=2),
+    )
     whole = st.fixed_dictionaries(
         {"methods": st.lists(entry, max_size=3) | JSON},
         optional={"hfpatch_version": VERSIONS, "base_model_name_or_path": JSON, "tensors_sha256": JSON, "extra": JSON},
