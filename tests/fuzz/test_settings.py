@@ -71,8 +71,8 @@ def odd_things() -> list[Any]:
     ring.append(ring)
     return [
         None, b"x", Path("x"), {1}, frozenset(), {}, {"a": 1}, {1: 2}, object(), Odd(), int, range(2), iter([1]),
-        (n for n in [1]), np.array([1]), np.array([[0, 1]]), torch.tensor(3), torch.ones(2), 10**5000, ring, {"a": ring},
-        lambda: 1,
+        (n for n in [1]), np.array([1]), np.array([[0, 1]]), torch.tensor(3), torch.ones(2), 10**5000, ring,
+        {"a": ring}, lambda: 1,
     ]  # fmt: skip
 
 
