@@ -27,6 +27,7 @@ from .patch_config import PatchConfig
 from .pipeline import LayerRuntime
 from .registry import get_method, make_config
 from .report import LayerLine, Report
+from .values import shown
 
 HANDLE = "_hfpatch_patch"
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -216,7 +217,7 @@ def _as_config(method: Any, settings: dict[str, Any]) -> PatchConfig:
         configs = [make_config(m, {}) if isinstance(m, str) else m for m in method]
         if all(isinstance(c, MethodConfig) for c in configs):
             return PatchConfig(configs)
-    raise ConfigError(f"patch_model takes a method name, a config or a non-empty list of these, not {method!r:.80}.")
+    raise ConfigError(f"patch_model takes a method name, a config or a non-empty list of these, not {shown(method)}.")
 
 
 def _build(config: PatchConfig) -> list[Method]:
@@ -243,7 +244,7 @@ def _check_executors(config: PatchConfig) -> None:
     known = [e.name for e in list_executors()]
     for c in config.methods:
         if c.executor is not None and c.executor not in known:
-            raise ConfigError(f"{c.method}: executor={c.executor!r} is not one of {', '.join(map(repr, known))}.")
+            raise ConfigError(f"{c.method}: executor={shown(c.executor)} is not one of {', '.join(map(repr, known))}.")
 
 
 def _prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Patch:
