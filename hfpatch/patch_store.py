@@ -138,7 +138,7 @@ def read(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """The plain data of a config file and the tensors of the same save. Raises ConfigError."""
     data = read_json(file)
     if not isinstance(data, dict) or DIGEST not in data:  # written by hand: what lies beside it is its own
-        return data, _load(file.parent / TENSOR_FILE) if os.path.lexists(file.parent / TENSOR_FILE) else {}
+        return data, load_tensors(file.parent / TENSOR_FILE) if os.path.lexists(file.parent / TENSOR_FILE) else {}
     digest, folder = data[DIGEST], file.parent
     if digest is None:
         if os.path.lexists(folder / TENSOR_FILE):
@@ -146,16 +146,28 @@ def read(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         return data, {}
     if not _is_digest(digest):
         raise ConfigError(f"{file}: {DIGEST} is not the SHA-256 of a file in hexadecimal digits.")
-    for place in (folder / TENSOR_FILE, folder / (_WAITING + digest)):
-        if place.is_file() and _digest(place) == digest:
-            return data, _load(place)
-    raise ConfigError(
-        f"{folder / TENSOR_FILE} is missing or of another save than {file.name}; save the patch again, or take "
-        f"{DIGEST} out of the config if the two belong together."
-    )
+    places = (folder / TENSOR_FILE, folder / (_WAITING + digest))
+    found = next((load_tensors(place) for place in places if _holds(place, digest)), None)
+    again = read_json(file)
+    if not isinstance(again, dict) or again.get(DIGEST) != digest:
+        return read(file)  # another process saved in between
+    if found is None:
+        raise ConfigError(
+            f"{folder / TENSOR_FILE} is missing or of another save than {file.name}; save the patch again, or take "
+            f"{DIGEST} out of the config if the two belong together."
+        )
+    return data, found
 
 
-def _load(file: Path) -> dict[str, torch.Tensor]:
+def _holds(place: Path, digest: str) -> bool:
+    try:
+        return place.is_file() and _digest(place) == digest
+    except OSError:
+        return False
+
+
+def load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises ConfigError."""
     from safetensors.torch import load_file
 
     try:

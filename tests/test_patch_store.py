@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,26 @@ def test_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("io.open", denied)
     with pytest.raises(SaveError, match="Permission denied"):
         PLAIN.save_pretrained(tmp_path)
+
+
+def test_a_reader_beside_a_writer_never_sees_a_mix(tmp_path: Path) -> None:
+    PATCHES["first"].save_pretrained(tmp_path)
+    stop = threading.Event()
+
+    def save_again_and_again() -> None:
+        while not stop.is_set():
+            for name in ("second", "first", "plain"):
+                PATCHES[name].save_pretrained(tmp_path)
+
+    writer = threading.Thread(target=save_again_and_again)
+    writer.start()
+    try:
+        for _ in range(100):
+            found = PatchConfig.from_pretrained(tmp_path)
+            assert any(same(found, p) for p in PATCHES.values())
+    finally:
+        stop.set()
+        writer.join()
 
 
 def views() -> dict[str, Tensor]:
