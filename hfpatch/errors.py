@@ -6,6 +6,12 @@ from difflib import get_close_matches
 from .values import shown
 
 
+def reason(error: Exception) -> str:
+    """What someone else's error says, on one line and not too long, for a message of our own."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
 class HfpatchError(Exception):
     """Base of all errors raised by hfpatch."""
 

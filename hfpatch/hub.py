@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, SaveError
+from .errors import ConfigError, SaveError, reason
 from .values import shown
 
 
@@ -36,5 +36,5 @@ def upload(folder: str, repo_id: str, *, private: bool | None, token: str | None
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload hfpatch config", **more)
     except Exception as error:  # as above
-        raise SaveError(f"{shown(repo_id)} cannot be uploaded ({type(error).__name__}: {error}).") from error
+        raise SaveError(f"{shown(repo_id)} cannot be uploaded ({reason(error)}).") from error
     return str(url)

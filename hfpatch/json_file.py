@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
-from .values import shown
+from .errors import ConfigError, reason
+from .values import shown, shown_path
 
 
 def read_json(file: Path) -> Any:
@@ -16,11 +16,11 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({type(error).__name__}).") from error
+        raise ConfigError(f"{shown_path(file)} cannot be read ({reason(error)}).") from error
     except RecursionError:
-        raise ConfigError(f"{file} is not valid JSON: it is nested too deeply.") from None
+        raise ConfigError(f"{shown_path(file)} is not valid JSON: it is nested too deeply.") from None
     except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}.") from error
+        raise ConfigError(f"{shown_path(file)} is not valid JSON: {reason(error)}.") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .config import MethodConfig
 from .errors import ConfigError
 from .patch_store import CONFIG_FILE, DIGEST, TENSOR_FILE, read, write
 from .registry import get_method
-from .values import shown
+from .values import shown, shown_path
 from .version import __version__
 
 FILES = [CONFIG_FILE, TENSOR_FILE]
@@ -124,10 +124,11 @@ class PatchConfig:
             path = folder / CONFIG_FILE
             if not path.is_file():
                 raise ConfigError(
-                    f"{folder} holds no {CONFIG_FILE}; save one with get_patch(model).save_pretrained(...)."
+                    f"{shown_path(folder)} holds no {CONFIG_FILE}; save one with "
+                    "get_patch(model).save_pretrained(...)."
                 )
         data, tensors = read(path)
-        config = cls.from_dict(data, where=str(path))
+        config = cls.from_dict(data, where=shown_path(path))
         config.tensors = tensors
         config.tensors_by_method()
         return config

@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .errors import ConfigError, SaveError
+from .errors import ConfigError, SaveError, reason
 from .json_file import read_json
+from .values import shown_path
 
 CONFIG_FILE = "hfpatch_config.json"
 TENSOR_FILE = "hfpatch_model.safetensors"
@@ -53,8 +54,8 @@ def write(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, torch.Ten
             with suppress(OSError):
                 waiting.unlink(missing_ok=True)
         raise SaveError(
-            f"{folder} cannot be written ({_reason(error)}); make room or choose another folder. The patch it held "
-            "before is whole, unless the new one has taken its place."
+            f"{shown_path(folder)} cannot be written ({reason(error)}); make room or choose another folder. The patch "
+            "it held before is whole, unless the new one has taken its place."
         ) from error
 
 
@@ -70,10 +71,6 @@ def _named(folder: Path) -> str | None:
 
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
@@ -145,7 +142,7 @@ def read(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
             logger.warning("%s is left over from an earlier save and is ignored", folder / TENSOR_FILE)
         return data, {}
     if not _is_digest(digest):
-        raise ConfigError(f"{file}: {DIGEST} is not the SHA-256 of a file in hexadecimal digits.")
+        raise ConfigError(f"{shown_path(file)}: {DIGEST} is not the SHA-256 of a file in hexadecimal digits.")
     places = (folder / TENSOR_FILE, folder / (_WAITING + digest))
     found = next((load_tensors(place) for place in places if _holds(place, digest)), None)
     again = read_json(file)
@@ -153,8 +150,8 @@ def read(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         return read(file)  # another process saved in between
     if found is None:
         raise ConfigError(
-            f"{folder / TENSOR_FILE} is missing or of another save than {file.name}; save the patch again, or take "
-            f"{DIGEST} out of the config if the two belong together."
+            f"{shown_path(folder / TENSOR_FILE)} is missing or of another save than {file.name}; save the patch "
+            f"again, or take {DIGEST} out of the config if the two belong together."
         )
     return data, found
 
@@ -173,4 +170,4 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except Exception as error:  # whatever a hostile file makes of the library
-        raise ConfigError(f"{file} is not a readable safetensors file ({_reason(error)}).") from error
+        raise ConfigError(f"{shown_path(file)} is not a readable safetensors file ({reason(error)}).") from error

@@ -13,6 +13,7 @@ import numpy as np
 INT_END = 1 << 31
 FLOAT_END = float(np.finfo(np.float32).max)
 DEPTH = 16
+_CONTROL = {n: f"\\x{n:02x}" for n in (*range(32), 127)}
 PathText = Annotated[str, "names a file or folder"]
 
 
@@ -31,6 +32,11 @@ def shown(value: Any, most: int = 80) -> str:
     except Exception:  # a repr of someone else's, or a whole number of 5000 digits
         return f"<{type(value).__name__}>"
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def shown_path(path: Any) -> str:
+    """A path for a message: as it is, but for characters that would break the line or cannot be printed."""
+    return str(path).encode("utf-8", "backslashreplace").decode().translate(_CONTROL)[:300]
 
 
 def type_name(hint: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from .router import router_shapes
 
 _NAME = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.self_attn\.mask_allocator\.(\w+)\.(\d+)\.(weight|bias)$")
@@ -56,7 +56,7 @@ def read_published(folder: Path) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as tensors:
                 found |= {name: tensors.get_tensor(name) for name in tensors.keys() if our_name(name)}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{file} is not a readable safetensors file ({error}).") from error
+            raise InputError(f"{file} is not a readable safetensors file ({reason(error)}).") from error
     return convert_routers(found)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reason
 from ..hub import download
 from ..json_file import read_json
 from ..patch_config import PatchConfig
@@ -91,9 +91,7 @@ def load_gated_model(name_or_path: str, *, layout: str = "kv-groups", dtype: tor
     except ConfigError:
         raise
     except Exception as error:  # what Transformers and PyTorch make of a config or of shapes that do not fit
-        raise ConfigError(
-            f"gated: {shown(name_or_path)} cannot be loaded ({type(error).__name__}: {error})."
-        ) from error
+        raise ConfigError(f"gated: {shown(name_or_path)} cannot be loaded ({reason(error)}).") from error
     odd = [k for k in missing if not (k == "lm_head.weight" and config.tie_word_embeddings)] + [
         k for k in unexpected if not k.endswith("inv_freq")
     ]

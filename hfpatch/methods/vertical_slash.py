@@ -176,6 +176,6 @@ def read_head_config(path: str) -> Tensor:
         raise ConfigError(f"{where} cannot be read (budgets are whole numbers).") from e
     if kinds - {"vertical_and_slash"}:
         raise ConfigError(f"{where} asks for {sorted(map(shown, kinds))}; only vertical_and_slash is known.")
-    if found.ndim != 3 or found.shape[2] != 2:
+    if found.ndim != 3 or found.shape[2] != 2 or bool((found < 0).any()):
         raise ConfigError(f"{where} cannot be read (every head of every layer needs its kind and two budgets).")
     return found
