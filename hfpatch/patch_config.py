@@ -21,7 +21,7 @@ from .version import __version__
 
 FILES = [CONFIG_FILE, TENSOR_FILE]
 FIELDS = frozenset({"hfpatch_version", "base_model_name_or_path", "methods", DIGEST})
-_VERSION = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,9}))?(?:\.([0-9]{1,9}))?(?![0-9]).{0,80}")
+_VERSION = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,9}))?(?:\.([0-9]{1,9}))?(?![0-9])[0-9A-Za-z.+-]{0,80}")
 _KEY = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 logger = logging.get_logger(__name__)
 

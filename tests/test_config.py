@@ -17,6 +17,7 @@ import hfpatch
 from hfpatch import ConfigError, Method, MethodConfig, PatchConfig, UnknownMethodError, get_method, patched, registry
 from hfpatch.config import option
 from hfpatch.patch_config import CONFIG_FILE, TENSOR_FILE
+from hfpatch.registry import make_config
 
 BUILTIN = sorted(registry._builtin_names())
 NEWER = "999.0.0"
@@ -184,6 +185,31 @@ BAD_FILES = {
     "bad value": ('{"methods": [{"method": "streaming", "window": -1}]}', "window=-1 is out of range"),
     "bad type": ('{"methods": [{"method": "streaming", "layers": {"a": 1}}]}', "wrong type"),
     "version no text": ('{"hfpatch_version": [1], "methods": []}', "non-empty list"),
+    **{
+        f"version {v[:9]}": (f'{{"hfpatch_version": "{v}", "methods": [{{"method": "dense"}}]}}', "is not a version")
+        for v in ("1.²", "x", "-1", "9" * 5000, "\u0661.0")
+    },
+    "version a list": ('{"hfpatch_version": [1], "methods": [{"method": "dense"}]}', "is not a version"),
+    "model no text": ('{"base_model_name_or_path": 5, "methods": [{"method": "dense"}]}', "named by text"),
+    "set twice": ('{"methods": [{"method": "streaming", "window": 8, "window": 16}]}', "'window' is set twice"),
+    "methods twice": (
+        '{"methods": [{"method": "dense"}], "methods": [{"method": "dense"}]}',
+        "'methods' is set twice",
+    ),
+    "set twice deep": ('{"methods": [{"method": "flux", "sparse_settings": {"a": 1, "a": 1}}]}', "'a' is set twice"),
+    "nested": ('{"methods":' + "[" * 100_000, "nested too deeply"),
+    "nested objects": ('{"a":' * 100_000, "nested too deeply"),
+    "nested settings": (
+        '{"methods": [{"method": "flux", "sparse_settings": ' + '{"a": ' * 50 + "1" + "}" * 50 + "}]}",
+        "wrong type",
+    ),
+    "digits": ('{"methods": [{"method": "streaming", "window": ' + "9" * 5000 + "}]}", "is not valid JSON"),
+    "not a number": ('{"methods": [{"method": "gated", "start_bias": NaN}]}', "out of range"),
+    "infinite": ('{"methods": [{"method": "zerotuning", "gamma": 1e999}]}', "out of range"),
+    "utf-16": ('{"methods": [{"method": "dense"}]}'.encode("utf-16"), "is not valid JSON"),
+    "latin-1": ('{"methods": [{"method": "dénse"}]}'.encode("latin-1"), "is not valid JSON"),
+    "cut off": ('{"methods": [{"method": "dense"', "is not valid JSON"),
+    "two values": ('{"methods": [{"method": "dense"}]} {}', "is not valid JSON"),
 }
 
 
@@ -195,6 +221,37 @@ def test_malformed_files_give_one_sentence(case: str, tmp_path: Path) -> None:
         PatchConfig.from_pretrained(tmp_path)
     message = str(error.value)
     assert reason in message and message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.1", "0", "0.1.0.dev3", "0.1.0rc1+local", None])
+def test_versions_that_are_not_newer(version: str | None) -> None:
+    data = {"hfpatch_version": version, "methods": [{"method": "streaming", "window": 9}]}
+    assert PatchConfig.from_dict(data).methods == [get_method("streaming").config_class(window=9)]
+    with pytest.raises(ConfigError, match="there is no setting 'extra'"):
+        PatchConfig.from_dict({**data, "extra": 1})
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_bytes(b'\xef\xbb\xbf{"methods": [{"method": "dense"}]}')
+    assert PatchConfig.from_pretrained(tmp_path).methods == [get_method("dense").config_class()]
+
+
+ODD_NAMES = [None, 5, 1.5, True, b"x", [], {}, object(), "", "x" * 5000, "a\0b", "\ud800", "\n", "a b", "/dev/null"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=range(len(ODD_NAMES)))
+def test_names_that_are_none(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    calls = [
+        lambda: PatchConfig.from_pretrained(name),
+        lambda: get_method("gated")(make_config("gated", {"weights": name})),
+    ]
+    for call in calls if name is not None else calls[:1]:
+        with pytest.raises(ConfigError) as error:
+            call()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    with pytest.raises(ConfigError):
+        PatchConfig.from_pretrained("nobody/nothing", revision=5)  # type: ignore[arg-type]
 
 
 def test_unknown_methods_come_with_near_names(tmp_path: Path) -> None:
@@ -250,6 +307,23 @@ def test_settings_belong_to_a_name() -> None:
     model = zoo.SUPPORTED["llama"].build(num_hidden_layers=1)
     with pytest.raises(ConfigError, match="put them into the config"):
         hfpatch.patch_model(model, get_method("streaming").config_class(), window=3)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"0.x": torch.ones(1)}])
+def test_push_to_hub_leaves_no_old_tensors(tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: "url")
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda *a, **k: seen.update(k))
+    PatchConfig([ToyConfig()], None, tensors).push_to_hub("me/patch")
+    assert seen.get("delete_patterns") == (None if tensors else TENSOR_FILE)
+
+
+@pytest.mark.parametrize("repo", [None, 5, "a b", "a/b/c"])
+def test_push_to_hub_says_why_it_cannot(repo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(hfpatch.HfpatchError) as error:
+        PatchConfig([ToyConfig()]).push_to_hub(repo)
+    assert "\n" not in str(error.value)
 
 
 def test_push_to_hub_uploads_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
