@@ -33,10 +33,11 @@ def _version_tuple(text: Any, where: str) -> tuple[int, ...]:
     return tuple(int(part or 0) for part in match.groups())
 
 
-def _path(name: Any, what: str) -> Path:
-    if not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str) or not os.fspath(name):
+def _name(name: Any, what: str) -> str:
+    text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text:
         raise ConfigError(f"{what} is named by text or a Path, not by {shown(name)}.")
-    return Path(name)
+    return text
 
 
 @dataclass
@@ -53,15 +54,12 @@ class PatchConfig:
 
     def __post_init__(self) -> None:
         methods, name = self.methods, self.base_model_name_or_path
-        if (
-            not isinstance(methods, (list, tuple))
-            or not methods
-            or not all(isinstance(m, MethodConfig) for m in methods)
-        ):
+        whole = isinstance(methods, (list, tuple)) and all(isinstance(m, MethodConfig) for m in methods)
+        if not whole or not methods:
             raise ConfigError(f"A patch config takes a non-empty list of method configs, not {shown(methods)}.")
         self.methods = list(methods)
         if name is not None:
-            self.base_model_name_or_path = str(_path(name, "The base model of a patch config"))
+            self.base_model_name_or_path = _name(name, "The base model of a patch config")
 
     def tensors_by_method(self) -> list[dict[str, torch.Tensor]]:
         """The tensors of each method under their own names. Raises ConfigError for one that belongs to none."""
@@ -113,14 +111,15 @@ class PatchConfig:
         Raises ConfigError, and SaveError when the folder cannot be written.
         """
         self.tensors_by_method()
-        write(_path(folder, "A folder to save in"), self.to_dict(), self.tensors)
+        write(Path(_name(folder, "A folder to save in")), self.to_dict(), self.tensors)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> "PatchConfig":
         """Config from a folder, a JSON file or a Hub repository. Raises ConfigError."""
-        path = _path(name_or_path, "A patch config")
+        name = _name(name_or_path, "A patch config")
+        path = Path(name)
         if not _is(Path.is_file, path):
-            folder = path if _is(Path.is_dir, path) else hub.download(os.fspath(name_or_path), revision, FILES)
+            folder = path if _is(Path.is_dir, path) else hub.download(name, revision, FILES)
             path = folder / CONFIG_FILE
             if not path.is_file():
                 raise ConfigError(
