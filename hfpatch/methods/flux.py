@@ -135,8 +135,8 @@ class Flux(Method):
             raise ConfigError(
                 "flux: router='entropy' needs a ranking of this model's layers; `hfpatch calibrate flux`."
             )
-        full = len(layers) - int(self.settings.sparsity * len(layers))
-        order = sorted(layers, key=lambda n: -float(scores[n]))
+        ranked, full = scores.tolist(), len(layers) - int(self.settings.sparsity * len(layers))
+        order = sorted(layers, key=lambda n: -ranked[n])
         return set(order[full:])
 
     def tensors(self) -> dict[str, Tensor]:

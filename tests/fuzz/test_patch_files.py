@@ -138,7 +138,7 @@ def changed(tensors: Tensors, in_memory: bool) -> st.SearchStrategy[Tensors]:
 
 
 @names
-@runs(60)
+@runs(130)
 def test_tensors_in_memory(name: str, examples: int) -> None:
     method, settings, tensors = PATCHES[name]
     own = {f"0.{k}": t for k, t in tensors.items()}
@@ -155,7 +155,7 @@ def test_tensors_in_memory(name: str, examples: int) -> None:
 
 
 @names
-@runs(20)
+@runs(50)
 def test_tensors_through_files(name: str, examples: int, tmp_path: Path) -> None:
     """Written with safetensors alone, as another program would, beside a config that says nothing of them."""
     method, settings, tensors = PATCHES[name]
@@ -198,7 +198,7 @@ def cut_and_changed(data: bytes) -> st.SearchStrategy[bytes]:
 
 
 @pytest.mark.parametrize("name", ["zerotuning", "gated", "dhsa", "vertical_slash"])
-@runs(60)
+@runs(130)
 def test_files_with_other_bytes(name: str, examples: int, tmp_path: Path) -> None:
     method, settings, tensors = PATCHES[name]
     own = {f"0.{k}": t for k, t in tensors.items()}
@@ -219,7 +219,7 @@ def test_files_with_other_bytes(name: str, examples: int, tmp_path: Path) -> Non
     run()
 
 
-@runs(150)
+@runs(300)
 def test_configs_of_any_shape(examples: int) -> None:
     """JSON that is nearly a patch config: odd versions, entries, names and values."""
     entry = st.builds(

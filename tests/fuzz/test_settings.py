@@ -139,7 +139,7 @@ def settings_of(name: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@runs(40)
+@runs(50)
 def test_settings_are_refused_or_give_finite_logits(name: str, examples: int) -> None:
     ran: list[bool] = []
 
