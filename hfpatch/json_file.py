@@ -14,6 +14,8 @@ def read_json(file: Path) -> Any:
     A name that is set twice in one object is an error: only one of the values would count.
     """
     try:
+        if file.exists() and not file.is_file():  # reading a device or a pipe may never end
+            raise ConfigError(f"{shown_path(file)} is not a file.")
         return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except OSError as error:
         raise ConfigError(f"{shown_path(file)} cannot be read ({reason(error)}).") from error

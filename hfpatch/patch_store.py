@@ -167,6 +167,8 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file. Raises ConfigError."""
     from safetensors.torch import load_file
 
+    if not file.is_file():
+        raise ConfigError(f"{shown_path(file)} is not a file.")
     try:
         return load_file(file)
     except Exception as error:  # whatever a hostile file makes of the library

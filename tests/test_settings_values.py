@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import typing
 from decimal import Decimal
 from fractions import Fraction
@@ -192,6 +193,17 @@ def test_head_files(content: str, tmp_path: Path) -> None:
     (tmp_path / "heads.json").write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError, match="act: "):
         ACTConfig(heads=str(tmp_path / "heads.json"))
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "/dev", "a pipe", "x" * 5000, "a\0b"])
+def test_files_that_are_none(file: str, tmp_path: Path) -> None:
+    if file == "a pipe":
+        file = str(tmp_path / "pipe")
+        os.mkfifo(file)
+    with pytest.raises(ConfigError, match="act: heads="):
+        ACTConfig(heads=file)
+    with pytest.raises(ConfigError, match="vertical_slash: head_config="):
+        get_method("vertical_slash")(make_config("vertical_slash", {"head_config": file}))
 
 
 BUDGETS = [
