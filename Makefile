@@ -26,7 +26,7 @@ test-slow: $(STAMP)
 # The oldest Transformers hfpatch promises to run on, in an environment of its own.
 test-floor:
 	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/python -m pip install -q --disable-pip-version-check 'torch==2.13.0' 'transformers==5.2.0' pytest pytest-xdist pyyaml jsonschema matplotlib
+	.venv-floor/bin/python -m pip install -q --disable-pip-version-check 'torch==2.13.0' 'transformers==5.2.0' pytest pytest-xdist hypothesis pyyaml jsonschema matplotlib
 	.venv-floor/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-floor/bin/python -m pytest -n $(WORKERS)
 
