@@ -131,8 +131,11 @@ def _settle(folder: Path, digest: str | None, before: str | None) -> None:
         (folder / (_WAITING + before)).unlink(missing_ok=True)
 
 
-def read(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The plain data of a config file and the tensors of the same save. Raises ConfigError."""
+def read(file: Path, tries: int = 4) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The plain data of a config file and the tensors of the same save. Raises ConfigError.
+
+    What does not belong together is looked at again `tries` times: another process may be saving the same patch.
+    """
     data = read_json(file)
     if not isinstance(data, dict) or DIGEST not in data:  # written by hand: what lies beside it is its own
         return data, load_tensors(file.parent / TENSOR_FILE) if os.path.lexists(file.parent / TENSOR_FILE) else {}
@@ -144,10 +147,12 @@ def read(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     if not _is_digest(digest):
         raise ConfigError(f"{shown_path(file)}: {DIGEST} is not the SHA-256 of a file in hexadecimal digits.")
     places = (folder / TENSOR_FILE, folder / (_WAITING + digest))
-    found = next((load_tensors(place) for place in places if _holds(place, digest)), None)
+    found = next((held for place in places if (held := _held(place, digest)) is not None), None)
     again = read_json(file)
     if not isinstance(again, dict) or again.get(DIGEST) != digest:
-        return read(file)  # another process saved in between
+        return read(file, tries)  # another process saved in between
+    if found is None and tries:
+        return read(file, tries - 1)
     if found is None:
         raise ConfigError(
             f"{shown_path(folder / TENSOR_FILE)} is missing or of another save than {file.name}; save the patch "
@@ -156,11 +161,14 @@ def read(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     return data, found
 
 
-def _holds(place: Path, digest: str) -> bool:
+def _held(place: Path, digest: str) -> dict[str, torch.Tensor] | None:
+    """The tensors of a file with this digest; None if it is not there, or no longer."""
     try:
-        return place.is_file() and _digest(place) == digest
-    except OSError:
-        return False
+        return load_tensors(place) if place.is_file() and _digest(place) == digest else None
+    except (OSError, ConfigError) as error:
+        if place.is_file():
+            raise ConfigError(f"{shown_path(place)} cannot be read ({reason(error)}).") from error
+        return None
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
