@@ -6,7 +6,7 @@ from typing import Any
 
 from hfpatch import MethodConfig, PatchConfig, get_method
 from hfpatch.errors import HfpatchError
-from hfpatch.patch_config import CONFIG_FILE
+from hfpatch.patch_config import CONFIG_FILE, FIELDS
 from hfpatch.registry import make_config
 
 from .located import Located, Where, read
@@ -39,7 +39,7 @@ def check_patch(found: Located) -> None:
     try:
         PatchConfig.from_dict(data, where="this patch config")
     except HfpatchError as error:
-        extra = sorted(set(data) - {"hfpatch_version", "base_model_name_or_path", "methods"})
+        extra = sorted(set(data) - FIELDS)
         raise found.error((extra[0],) if extra else ("methods",), str(error)) from error
 
 

@@ -11,6 +11,7 @@ from .errors import (
     IncompatibleMethodsError,
     NothingPatchedError,
     NotPatchedError,
+    SaveError,
     UnknownMethodError,
     UnsupportedModelError,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Patch",
     "PatchConfig",
     "Report",
+    "SaveError",
     "UnknownMethodError",
     "UnsupportedModelError",
     "__version__",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .selection import BlockMap, Layout
+from .selection import BlockMap, Layout, no_longer
 
 SHARES = ("group", "head", "all")
 
@@ -24,6 +24,11 @@ class Grid:
     at: Layout
     block_q: int
     block_k: int
+
+    @classmethod
+    def of(cls, at: Layout, block_q: int, block_k: int) -> "Grid":
+        """Tiles and blocks of these sizes; what is far longer than the call is cut to it and means the same."""
+        return cls(at, no_longer(block_q, at.Lq), no_longer(block_k, at.Lk))
 
     @property
     def nq(self) -> int:

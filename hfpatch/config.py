@@ -1,17 +1,20 @@
 """Method settings as validated dataclasses."""
 
 import dataclasses
-import types
+import operator
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from transformers.utils import logging
 
 from .errors import ConfigError
+from .values import Misfit, OutOfRange, fitted, shown, type_name
 
 T = TypeVar("T")
 logger = logging.get_logger(__name__)
+_SIGNS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le)}
 
 
 def option(
@@ -30,32 +33,20 @@ def option(
     return field(default=default, metadata=meta)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, h) for h in typing.get_args(hint))
-    if origin in (list, tuple):
-        inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
-        return isinstance(value, (list, tuple)) and all(any(_fits(v, h) for h in inner) for v in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint is type(None) if value is None else isinstance(value, hint)
+def _within(value: float, meta: Mapping[str, Any]) -> bool:
+    return all(holds(value, meta[key]) for key, (_, holds) in _SIGNS.items() if meta.get(key) is not None)
 
 
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+def _bounds(meta: Mapping[str, Any], lead: str = "") -> str:
+    known = [f"{sign} {meta[key]}" for key, (sign, _) in _SIGNS.items() if meta.get(key) is not None]
+    return lead + " and ".join(known) if known else ""
 
 
 @dataclass(kw_only=True)
 class MethodConfig:
     """Settings every method has; a method adds its own fields with `option(...)`.
 
+    Values are converted to their field's type where nothing is lost (tuple to list, numpy number to Python's).
     Raises ConfigError naming the field, the value and what is allowed.
     """
 
@@ -66,30 +57,32 @@ class MethodConfig:
     executor: str | None = option(None, "attention executor to use; chosen by device and selection when None")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        self.check()
+
+    def check(self) -> None:
+        """Check and convert every field; a method does so again, for fields set since. Raises ConfigError."""
+        hints = typing.get_type_hints(type(self), include_extras=True)
         for f in dataclasses.fields(self):
-            self._check(f, getattr(self, f.name), hints[f.name])
+            object.__setattr__(self, f.name, self._checked(f, getattr(self, f.name), hints[f.name]))
         self.validate()
 
     def validate(self) -> None:
         """Checks that involve several fields; raise ConfigError."""
 
-    def _check(self, f: "dataclasses.Field[Any]", value: Any, hint: Any) -> None:
-        where = f"{self.method or type(self).__name__}: {f.name}={value!r}"
-        if not _fits(value, hint):
-            raise ConfigError(f"{where} has the wrong type; it takes {_type_name(hint)}.")
-        meta = f.metadata
+    def _checked(self, f: "dataclasses.Field[Any]", value: Any, hint: Any) -> Any:
+        where, meta = f"{self.method or type(self).__name__}: {f.name}={shown(value)}", f.metadata
+        try:
+            value = fitted(value, hint)
+        except Misfit:
+            plain = typing.get_type_hints(type(self))[f.name]
+            raise ConfigError(f"{where} has the wrong type; it takes {type_name(plain)}.") from None
+        except OutOfRange as error:
+            raise ConfigError(f"{where} is out of range; {error}{_bounds(meta, ', and ')}.") from None
         if meta.get("choices") and value not in meta["choices"]:
             raise ConfigError(f"{where} is not one of {', '.join(map(repr, meta['choices']))}.")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            for key, ok, sign in (
-                ("ge", lambda a, b: a >= b, ">="),
-                ("gt", lambda a, b: a > b, ">"),
-                ("le", lambda a, b: a <= b, "<="),
-            ):
-                bound = meta.get(key)
-                if bound is not None and not ok(value, bound):
-                    raise ConfigError(f"{where} is out of range; it must be {sign} {bound}.")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not _within(value, meta):
+            raise ConfigError(f"{where} is out of range; it must be {_bounds(meta)}.")
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the method's name and every field."""
@@ -98,13 +91,15 @@ class MethodConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, newer: bool = False) -> "MethodConfig":
         """Config from plain data; unknown keys raise, or are dropped with a warning when the file is `newer`."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{cls.method}: settings are names with values, not {shown(data)}.")
         known = {f.name for f in dataclasses.fields(cls)}
         data = {k: v for k, v in data.items() if k != "method"}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(shown(k) for k in data if k not in known)
         if unknown and newer:
             logger.warning("%s: settings from a newer hfpatch are ignored: %s", cls.method, ", ".join(unknown))
         elif unknown:
             raise ConfigError(
-                f"{cls.method}: there is no setting {unknown[0]!r}; settings are {', '.join(sorted(known))}."
+                f"{cls.method}: there is no setting {unknown[0]}; settings are {', '.join(sorted(known))}."
             )
         return cls(**{k: v for k, v in data.items() if k in known})

@@ -3,6 +3,14 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from .values import shown
+
+
+def reason(error: Exception) -> str:
+    """What someone else's error says, on one line and not too long, for a message of our own."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
 
 class HfpatchError(Exception):
     """Base of all errors raised by hfpatch."""
@@ -15,12 +23,16 @@ class UnknownMethodError(HfpatchError):
         known = sorted(known)
         near = get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods: {', '.join(known)}."
-        super().__init__(f"There is no method called {name!r}; {hint}")
+        super().__init__(f"There is no method called {shown(name)}; {hint}")
         self.name, self.near = name, near
 
 
 class ConfigError(HfpatchError):
     """A setting with a wrong name, type or value."""
+
+
+class SaveError(HfpatchError):
+    """A patch that could not be written; its folder holds what it held before, or all of the new patch."""
 
 
 class UnsupportedModelError(HfpatchError):

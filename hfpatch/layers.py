@@ -3,8 +3,9 @@
 import re
 
 from .errors import ConfigError
+from .values import shown
 
-_PART = re.compile(r"(-?\d+)(?:(-)(-?\d+)?)?")
+_PART = re.compile(r"(-?[0-9]{1,9})(?:(-)(-?[0-9]{1,9})?)?")
 
 
 def parse_layers(spec: int | str | list[int] | None, num_layers: int) -> list[int]:
@@ -22,13 +23,13 @@ def parse_layers(spec: int | str | list[int] | None, num_layers: int) -> list[in
     for part in spec.replace(" ", "").split(","):
         match = _PART.fullmatch(part)
         if match is None:
-            raise ConfigError(f"layers={spec!r} cannot be read; write for example '2-', '0-3,8' or '-4-'.")
+            raise ConfigError(f"layers={shown(spec)} cannot be read; write for example '2-', '0-3,8' or '-4-'.")
         start = _resolve(int(match[1]), num_layers)
         stop = start
         if match[2]:
             stop = num_layers - 1 if match[3] is None else _resolve(int(match[3]), num_layers)
         if stop < start:
-            raise ConfigError(f"layers={spec!r} runs backwards in {part!r}; the model has {num_layers} layers.")
+            raise ConfigError(f"layers={shown(spec)} runs backwards in {part!r}; the model has {num_layers} layers.")
         chosen.update(range(start, stop + 1))
     return sorted(chosen)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .call import AttentionCall
 from .config import MethodConfig
 from .errors import IncompatibleMethodsError
+from .learned import Learned, ModelSizes
 from .regroup import Columns
 from .selection import Selection, SinkWindow
 
@@ -43,7 +44,9 @@ class Method:
     needs: frozenset[str] = frozenset()
 
     def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        config.check()
         self.config = config
+        self.given: Mapping[str, Tensor] = dict(tensors or {})
 
     def pick(self, layers: list[int]) -> list[int]:
         """Which of the decoder layers the user's `layers` leave to it, in order, the method wants."""
@@ -56,9 +59,16 @@ class Method:
         """Sentences for the report, about this method on this model."""
         return []
 
+    def learns(self, sizes: ModelSizes) -> Mapping[str, Learned] | None:
+        """The tensors it takes for a model of these sizes, by name; `given` is checked against it before `pick`.
+
+        None: it says nothing, and what it is given goes unchecked.
+        """
+        return {} if type(self).tensors is Method.tensors else None
+
     def tensors(self) -> dict[str, Tensor]:
         """Learned tensors to save beside the config."""
-        return {}
+        return dict(self.given)
 
     def select(self, call: AttentionCall) -> Selection | None:
         """Which keys each query attends to; None leaves the layer dense."""

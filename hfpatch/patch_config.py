@@ -1,6 +1,9 @@
 """What a patch is made of, as a file: JSON for settings, safetensors for learned tensors."""
 
-import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,30 +11,72 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from . import hub
 from .config import MethodConfig
 from .errors import ConfigError
+from .patch_store import CONFIG_FILE, DIGEST, TENSOR_FILE, read, write
 from .registry import get_method
+from .values import shown, shown_path
 from .version import __version__
 
-CONFIG_FILE = "hfpatch_config.json"
-TENSOR_FILE = "hfpatch_model.safetensors"
+FILES = [CONFIG_FILE, TENSOR_FILE]
+FIELDS = frozenset({"hfpatch_version", "base_model_name_or_path", "methods", DIGEST})
+_VERSION = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,9}))?(?:\.([0-9]{1,9}))?(?![0-9])[0-9A-Za-z.+-]{0,80}")
+_KEY = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 logger = logging.get_logger(__name__)
 
 
-def _version_tuple(text: str) -> tuple[int, ...]:
-    return tuple(int(p) for p in text.split(".")[:3] if p.isdigit())
+def _version_tuple(text: Any, where: str) -> tuple[int, ...]:
+    match = _VERSION.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ConfigError(f"{where}: hfpatch_version={shown(text)} is not a version such as {__version__!r}.")
+    return tuple(int(part or 0) for part in match.groups())
+
+
+def _name(name: Any, what: str) -> str:
+    text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"{what} is named by text or a Path, not by {shown(name)}.")
+    return text
 
 
 @dataclass
 class PatchConfig:
     """What is patched and how: the methods in order, and the tensors some of them learned.
 
-    Saved as `hfpatch_config.json` and, if there are tensors, `hfpatch_model.safetensors`.
+    Tensors are named `<place of the method>.<name>`, such as "0.gamma". Saved as `hfpatch_config.json` and, if there
+    are tensors, `hfpatch_model.safetensors`. Raises ConfigError.
     """
 
     methods: list[MethodConfig]
     base_model_name_or_path: str | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        methods, name = self.methods, self.base_model_name_or_path
+        whole = isinstance(methods, (list, tuple)) and all(isinstance(m, MethodConfig) for m in methods)
+        if not whole or not methods:
+            raise ConfigError(f"A patch config takes a non-empty list of method configs, not {shown(methods)}.")
+        self.methods = list(methods)
+        if name is not None:
+            self.base_model_name_or_path = _name(name, "The base model of a patch config")
+
+    def tensors_by_method(self) -> list[dict[str, torch.Tensor]]:
+        """The tensors of each method under their own names. Raises ConfigError for one that belongs to none."""
+        if not isinstance(self.tensors, Mapping):
+            raise ConfigError(f"A patch config's tensors are a dict by name, not {shown(self.tensors)}.")
+        own: list[dict[str, torch.Tensor]] = [{} for _ in self.methods]
+        for key, value in self.tensors.items():
+            match = _KEY.fullmatch(key) if isinstance(key, str) else None
+            if match is None or int(match[1]) >= len(own):
+                raise ConfigError(
+                    f"The tensor {shown(key)} belongs to none of the {len(own)} methods of the patch; names are the "
+                    "method's place from 0 on, a dot and the method's name for it, such as '0.gamma'."
+                )
+            if not isinstance(value, torch.Tensor):
+                raise ConfigError(f"{shown(key)} of a patch config is {shown(value)}, not a tensor.")
+            own[int(match[1])][match[2]] = value
+        return own
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the JSON file; tensors are not part of it."""
@@ -46,10 +91,11 @@ class PatchConfig:
         """Config from plain data. Raises ConfigError, UnknownMethodError."""
         if not isinstance(data, dict) or not isinstance(data.get("methods"), list) or not data["methods"]:
             raise ConfigError(f"{where}: expected an object with a non-empty list under 'methods'.")
-        extra = sorted(set(data) - {"hfpatch_version", "base_model_name_or_path", "methods"})
-        newer = _version_tuple(str(data.get("hfpatch_version", "0"))) > _version_tuple(__version__)
+        extra = sorted(shown(k) for k in data if k not in FIELDS)
+        version = data.get("hfpatch_version") or __version__
+        newer = _version_tuple(version, where) > _version_tuple(__version__, where)
         if extra and not newer:
-            raise ConfigError(f"{where}: there is no setting {extra[0]!r}.")
+            raise ConfigError(f"{where}: there is no setting {extra[0]}.")
         if extra:
             logger.warning("%s: settings from a newer hfpatch are ignored: %s", where, ", ".join(extra))
         methods = []
@@ -60,58 +106,46 @@ class PatchConfig:
         return cls(methods, data.get("base_model_name_or_path"))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the config, and the tensors if there are any, into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        if self.tensors:
-            from safetensors.torch import save_file
+        """Write the config, and the tensors if there are any, into `folder`, all or nothing.
 
-            save_file({k: t.detach().cpu().contiguous() for k, t in self.tensors.items()}, folder / TENSOR_FILE)
+        Raises ConfigError, and SaveError when the folder cannot be written.
+        """
+        self.tensors_by_method()
+        write(Path(_name(folder, "A folder to save in")), self.to_dict(), self.tensors)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> "PatchConfig":
         """Config from a folder, a JSON file or a Hub repository. Raises ConfigError."""
-        path = Path(name_or_path)
-        if path.is_file():
-            file, folder = path, path.parent
-        else:
-            folder = path if path.is_dir() else _download(str(name_or_path), revision)
-            file = folder / CONFIG_FILE
-        if not file.is_file():
-            raise ConfigError(f"{folder} holds no {CONFIG_FILE}; save one with get_patch(model).save_pretrained(...).")
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{file} is not valid JSON: {error}.") from error
-        config = cls.from_dict(data, where=str(file))
-        if (folder / TENSOR_FILE).is_file():
-            from safetensors.torch import load_file
-
-            config.tensors = load_file(folder / TENSOR_FILE)
+        name = _name(name_or_path, "A patch config")
+        path = Path(name)
+        if not _is(Path.is_file, path):
+            folder = path if _is(Path.is_dir, path) else hub.download(name, revision, FILES)
+            path = folder / CONFIG_FILE
+            if not path.is_file():
+                raise ConfigError(
+                    f"{shown_path(folder)} holds no {CONFIG_FILE}; save one with "
+                    "get_patch(model).save_pretrained(...)."
+                )
+        data, tensors = read(path)
+        config = cls.from_dict(data, where=shown_path(path))
+        config.tensors = tensors
+        config.tensors_by_method()
         return config
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the config to the Hub repository `repo_id`, creating it if needed; returns its address."""
-        import tempfile
+        """Upload the config to the Hub repository `repo_id`, creating it if needed; returns its address.
 
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        Raises ConfigError, SaveError.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload hfpatch config")
-        return str(url)
+            stale = None if self.tensors else TENSOR_FILE
+            return hub.upload(folder, repo_id, private=private, token=token, delete=stale)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+def _is(kind: Any, path: Path) -> bool:
+    """Whether a path is a file or folder; a name the system cannot have is neither."""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG_FILE, TENSOR_FILE]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"{repo_id!r} is neither a folder, a JSON file nor a reachable Hub repository ({type(error).__name__})."
-        ) from error
+        return bool(kind(path))
+    except (OSError, ValueError):
+        return False

@@ -11,12 +11,14 @@ from .config import MethodConfig
 from .errors import ConfigError, NothingPatchedError, UnsupportedModelError
 from .injection import check_queries
 from .layers import parse_layers
+from .learned import check_given
 from .method import Method, check_compatible
 from .ops import list_executors
 from .patch_config import PatchConfig
 from .pipeline import LayerRuntime
 from .registry import get_method, make_config
 from .survey import AttentionLayer, Survey, survey
+from .values import shown
 
 MethodLike = str | MethodConfig
 
@@ -38,6 +40,7 @@ def plan_patch(
     """What patching would do, without doing it: every attention layer with its methods or the reason for none."""
     found = survey(checked(model))
     methods = _build(_as_config(method, settings))
+    check_given(methods, model)
     chosen, why = _assign(methods, found)
     return [(x, "+".join(m.name for m in chosen[n]) or why[n]) for n, x in enumerate(found.layers)]
 
@@ -52,6 +55,7 @@ def prepare_methods(model: nn.Module, config: PatchConfig, methods: list[Method]
     """As `prepare`, for methods that have been made already."""
     _check_executors(config)
     found = survey(model)
+    check_given(methods, model)
     chosen, why = _assign(methods, found)
     for some in chosen:
         check_compatible(some)
@@ -102,15 +106,11 @@ def _as_config(method: Any, settings: dict[str, Any]) -> PatchConfig:
         configs = [make_config(m, {}) if isinstance(m, str) else m for m in method]
         if all(isinstance(c, MethodConfig) for c in configs):
             return PatchConfig(configs)
-    raise ConfigError(f"patch_model takes a method name, a config or a non-empty list of these, not {method!r:.80}.")
+    raise ConfigError(f"patch_model takes a method name, a config or a non-empty list of these, not {shown(method)}.")
 
 
 def _build(config: PatchConfig) -> list[Method]:
-    methods = []
-    for n, c in enumerate(config.methods):
-        own = {k.split(".", 1)[1]: t for k, t in config.tensors.items() if k.split(".", 1)[0] == str(n)}
-        methods.append(get_method(c.method)(c, own))
-    return methods
+    return [get_method(c.method)(c, own) for c, own in zip(config.methods, config.tensors_by_method(), strict=True)]
 
 
 def _assign(methods: list[Method], found: Survey) -> tuple[list[list[Method]], list[str]]:
@@ -133,4 +133,4 @@ def _check_executors(config: PatchConfig) -> None:
     known = [e.name for e in list_executors()]
     for c in config.methods:
         if c.executor is not None and c.executor not in known:
-            raise ConfigError(f"{c.method}: executor={c.executor!r} is not one of {', '.join(map(repr, known))}.")
+            raise ConfigError(f"{c.method}: executor={shown(c.executor)} is not one of {', '.join(map(repr, known))}.")

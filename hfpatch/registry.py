@@ -10,6 +10,7 @@ from . import methods as builtin_package
 from .config import MethodConfig
 from .errors import ConfigError, UnknownMethodError
 from .method import Method
+from .values import shown
 
 ENTRY_POINT_GROUP = "hfpatch.methods"
 _registered: dict[str, type[Method]] = {}
@@ -59,6 +60,8 @@ def list_presets() -> dict[str, tuple[str, dict[str, Any]]]:
 
 def get_method(name: str) -> type[Method]:
     """The method class registered under `name`. Raises UnknownMethodError with near names."""
+    if not isinstance(name, str):
+        raise UnknownMethodError(shown(name), [*list_methods(), *list_presets()])
     if name not in _registered:
         if name in _builtin_names():
             importlib.import_module(f"{builtin_package.__name__}.{name}")
@@ -71,7 +74,8 @@ def get_method(name: str) -> type[Method]:
 
 def make_config(name: str, settings: dict[str, Any]) -> MethodConfig:
     """Config of a method or preset with `settings` applied. Raises ConfigError, UnknownMethodError."""
-    if name not in _registered and name not in _builtin_names() and name in (presets := list_presets()):
+    known = not isinstance(name, str) or name in _registered or name in _builtin_names()
+    if not known and name in (presets := list_presets()):
         name, preset = presets[name]
         settings = {**preset, **settings}
     return get_method(name).config_class.from_dict(settings)

@@ -110,6 +110,11 @@ class Predicate(Selection):
         return keep.expand(1, *torch.broadcast_shapes(keep.shape, (1, at.Lq, j.shape[1])))
 
 
+def no_longer(block: int, length: int) -> int:
+    """A block size, cut to the next power of two from `length` on, 16 at least: one block holds all either way."""
+    return min(block, max(16, 1 << max(0, length - 1).bit_length()))
+
+
 @dataclass(frozen=True, eq=False)
 class BlockMap(Selection):
     """Per query block a list of key blocks; `block_k = 1` makes it a list of tokens.
@@ -123,6 +128,12 @@ class BlockMap(Selection):
     counts: Tensor
     block_q: int
     block_k: int
+
+    def fitted(self, at: Layout) -> "BlockMap":
+        """The same choice with blocks that are not far longer than the call: work then follows the call."""
+        block_q, block_k = no_longer(self.block_q, at.Lq), no_longer(self.block_k, at.Lk)
+        same = (block_q, block_k) == (self.block_q, self.block_k)
+        return self if same else BlockMap(self.indices, self.counts, block_q, block_k)
 
     def listed(self) -> Tensor:
         """Bool like `indices`: which entries count."""
@@ -139,7 +150,7 @@ class BlockMap(Selection):
         i, j = at.positions(keys)
         blocks = self.block_mask(at)
         keep = blocks.index_select(-1, j[0] // self.block_k)
-        keep = keep.repeat_interleave(self.block_q, dim=2)[:, :, : at.Lq] & (j <= i)
+        keep = keep.index_select(2, torch.arange(at.Lq, device=j.device) // self.block_q) & (j <= i)
         return keep.repeat_interleave(at.Hq // keep.shape[1], dim=1) if keep.shape[1] > 1 else keep
 
     def attended(self, at: Layout) -> Tensor:

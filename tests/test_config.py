@@ -169,34 +169,6 @@ def test_a_file_of_a_newer_version_warns_instead(warnings: list[str]) -> None:
         PatchConfig.from_dict(data)
 
 
-BAD_FILES = {
-    "not json": ("{methods: ]", "is not valid JSON"),
-    "empty": ("", "is not valid JSON"),
-    "binary": (b"\xff\xfe\x00\x01", "is not valid JSON"),
-    "a list": ("[]", "non-empty list under 'methods'"),
-    "null": ("null", "non-empty list under 'methods'"),
-    "no methods": ("{}", "non-empty list under 'methods'"),
-    "methods empty": ('{"methods": []}', "non-empty list under 'methods'"),
-    "methods no list": ('{"methods": "streaming"}', "non-empty list under 'methods'"),
-    "entry no object": ('{"methods": ["streaming"]}', "needs a 'method' name"),
-    "entry without name": ('{"methods": [{"window": 3}]}', "needs a 'method' name"),
-    "name no text": ('{"methods": [{"method": 3}]}', "needs a 'method' name"),
-    "bad value": ('{"methods": [{"method": "streaming", "window": -1}]}', "window=-1 is out of range"),
-    "bad type": ('{"methods": [{"method": "streaming", "layers": {"a": 1}}]}', "wrong type"),
-    "version no text": ('{"hfpatch_version": [1], "methods": []}', "non-empty list"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_malformed_files_give_one_sentence(case: str, tmp_path: Path) -> None:
-    text, reason = BAD_FILES[case]
-    (tmp_path / CONFIG_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError) as error:
-        PatchConfig.from_pretrained(tmp_path)
-    message = str(error.value)
-    assert reason in message and message.endswith(".") and "\n" not in message
-
-
 def test_unknown_methods_come_with_near_names(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text('{"methods": [{"method": "streming"}]}')
     with pytest.raises(UnknownMethodError, match="did you mean 'streaming'"):
@@ -250,6 +222,23 @@ def test_settings_belong_to_a_name() -> None:
     model = zoo.SUPPORTED["llama"].build(num_hidden_layers=1)
     with pytest.raises(ConfigError, match="put them into the config"):
         hfpatch.patch_model(model, get_method("streaming").config_class(), window=3)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"0.x": torch.ones(1)}])
+def test_push_to_hub_leaves_no_old_tensors(tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: "url")
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda *a, **k: seen.update(k))
+    PatchConfig([ToyConfig()], None, tensors).push_to_hub("me/patch")
+    assert seen.get("delete_patterns") == (None if tensors else TENSOR_FILE)
+
+
+@pytest.mark.parametrize("repo", [None, 5, "a b", "a/b/c"])
+def test_push_to_hub_says_why_it_cannot(repo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(hfpatch.HfpatchError) as error:
+        PatchConfig([ToyConfig()]).push_to_hub(repo)
+    assert "\n" not in str(error.value)
 
 
 def test_push_to_hub_uploads_the_files(monkeypatch: pytest.MonkeyPatch) -> None:

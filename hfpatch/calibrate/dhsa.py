@@ -82,7 +82,7 @@ def focal_loss(logits: Tensor, wanted: Tensor, gamma: float = 2.0, positive_weig
 
 def layer_calls(model: nn.Module, ids: Tensor, use: Callable[[AttentionCall], None], layers: Any = None) -> None:
     """Run the model on `ids [1, L]` and show `use` every full-attention call, layer by layer, unchanged and dense."""
-    config = DhsaConfig(boundaries="fixed", budget=1 << 40, layers=layers)
+    config = DhsaConfig(boundaries="fixed", budget=1.0, layers=layers)
 
     def watch(call: AttentionCall, selection: Selection | None) -> None:
         use(call)

@@ -72,7 +72,7 @@ def suppress(score: Tensor, radius: int) -> Tensor:
     rank = torch.empty_like(score).scatter_(
         1, ranked, torch.arange(length, device=score.device).expand_as(score) + 1.0
     )
-    kept = torch.zeros_like(alive)
+    kept, radius = torch.zeros_like(alive), min(radius, length)
     while bool(alive.any()):
         for _ in range(min(ROUNDS, 4)):
             now = torch.where(alive, rank, 0.0)

@@ -33,6 +33,8 @@ def mass_ratio(call: AttentionCall, w: int = 4, sliding: int | None = None) -> T
     """
     n = call.Lk
     past, future = (torch.zeros(call.B, n, dtype=torch.float64, device=call.q.device) for _ in range(2))
+    if n < 2 * w:
+        return torch.full_like(past, torch.nan)
     columns = torch.arange(n - w + 1, device=call.q.device)
     step = max(1, CHUNK_ELEMENTS // (call.Hq * n * call.B))
     for start in range(0, call.Lq, step):

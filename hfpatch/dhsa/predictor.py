@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..learned import Learned, check_tensors
 
 PREFIX = "predictor."
 EMBEDDED = Path(__file__).parent / "embedded"
 POSITIONS = 2048
+MOST = 1 << 16
 
 
 class BoundaryPredictor(nn.Module):
@@ -30,18 +33,26 @@ class BoundaryPredictor(nn.Module):
     sizes: Tensor
 
     def __init__(
-        self, channels: int, *, window: int = 4, width: int | None = 64, heads: int = 4, hidden: int = 256
+        self,
+        channels: int,
+        *,
+        window: int = 4,
+        width: int | None = 64,
+        heads: int = 4,
+        hidden: int = 256,
+        device: str | None = None,
     ) -> None:
         super().__init__()
         inner = width or channels
         if inner % heads:
             raise ConfigError(f"A boundary predictor of width {inner} cannot have {heads} heads.")
         self.channels, self.window, self.width, self.heads = channels, window, width, heads
-        self.reduce = nn.Linear(channels, inner, bias=False) if width else None
-        self.qkv = nn.Linear(inner, 3 * inner)
-        self.out = nn.Linear(inner, inner)
-        self.norm = nn.LayerNorm(inner)
-        self.mlp = nn.Sequential(nn.Linear(4 * inner + 1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        linear = partial(nn.Linear, device=device)
+        self.reduce = linear(channels, inner, bias=False) if width else None
+        self.qkv = linear(inner, 3 * inner)
+        self.out = linear(inner, inner)
+        self.norm = nn.LayerNorm(inner, device=device)
+        self.mlp = nn.Sequential(linear(4 * inner + 1, hidden), nn.ReLU(), linear(hidden, 1))
         self.register_buffer("sizes", torch.tensor([channels, window, width or 0, heads, hidden]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,6 +84,8 @@ class BoundaryPredictor(nn.Module):
         weight = next(self.parameters())
         if weight.device != k.device:
             self.to(k.device)
+        if k.shape[2] < 2 * self.window:
+            return k.new_full((k.shape[0], k.shape[2]), -torch.inf, dtype=torch.float32)
         logits = self(k.transpose(1, 2).flatten(2).to(weight.dtype)).float()
         return F.pad(logits, (self.window, k.shape[2] - self.window - logits.shape[1]), value=-torch.inf)
 
@@ -92,14 +105,37 @@ class BoundaryPredictor(nn.Module):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "BoundaryPredictor | None":
-        """The predictor saved in `tensors`, or None if there is none."""
-        own = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-        if "sizes" not in own:
+        """The predictor saved in `tensors`, which are as `learned` tells; None if there is none."""
+        own = {name.removeprefix(PREFIX): t for name, t in tensors.items()}
+        if not own:
             return None
-        channels, window, width, heads, hidden = own["sizes"].tolist()
-        made = cls(channels, window=window, width=width or None, heads=heads, hidden=hidden)
-        made.load_state_dict(own)
+        made = cls._empty(own["sizes"])
+        made.load_state_dict(
+            {k: t.float() if t.is_floating_point() else t.long() for k, t in own.items()}, assign=True
+        )
         return made.eval().requires_grad_(False)
+
+    @classmethod
+    def _empty(cls, sizes: Tensor) -> "BoundaryPredictor":
+        """One of these sizes, without memory for its weights."""
+        channels, window, width, heads, hidden = sizes.tolist()
+        return cls(channels, window=window, width=width or None, heads=heads, hidden=hidden, device="meta")
+
+    @classmethod
+    def learned(cls, tensors: Mapping[str, Tensor]) -> dict[str, Learned]:
+        """What the tensors of a predictor must be, by the sizes among them. Raises ConfigError."""
+        sizes, name = Learned((5,), whole=True, ge=0, le=MOST), PREFIX + "sizes"
+        check_tensors("dhsa", {name: tensors[name]} if name in tensors else {}, {name: sizes}, torch.float32)
+        if name not in tensors:
+            return {name: sizes}
+        channels, window, width, heads, hidden = tensors[name].tolist()
+        if not (channels and window and heads and hidden) or (width or channels) % heads:
+            raise ConfigError(
+                f"dhsa: the tensor {name} holds {tensors[name].tolist()}; it takes channels, window, width (0: none), "
+                "heads, which divide the width, and hidden."
+            )
+        shapes = {PREFIX + n: tuple(t.shape) for n, t in cls._empty(tensors[name]).named_parameters()}
+        return {name: sizes, **{n: Learned(s, along=(name, *shapes)) for n, s in shapes.items()}}
 
 
 def _mismatch(channels: int, heads: int, size: int) -> str:
@@ -115,8 +151,10 @@ def load_predictor(name_or_path: str | Path) -> BoundaryPredictor:
 
     if name_or_path == "embedded":
         name_or_path = EMBEDDED
-    saved = PatchConfig.from_pretrained(name_or_path).tensors
-    found = BoundaryPredictor.of({name.split(".", 1)[1]: t for name, t in saved.items()})
-    if found is None:
-        raise ConfigError(f"{name_or_path} holds no boundary predictor; make one with `hfpatch calibrate dhsa`.")
-    return found
+    for own in PatchConfig.from_pretrained(name_or_path).tensors_by_method():
+        if PREFIX + "sizes" in own:
+            own = {name: t for name, t in own.items() if name.startswith(PREFIX)}
+            check_tensors(f"dhsa: {name_or_path}", own, BoundaryPredictor.learned(own), torch.float32)
+            if (found := BoundaryPredictor.of(own)) is not None:
+                return found
+    raise ConfigError(f"{name_or_path} holds no boundary predictor; make one with `hfpatch calibrate dhsa`.")

@@ -106,8 +106,8 @@ class ChunkTable:
         return Chunks(self.moments, *self.spans, self.rotary)
 
     def _stored(self, sums: Tensor, length: Tensor | int) -> Tensor:
-        dtype = self.moments.dtype
-        return spread(sums, length, self.rotary).clamp(max=torch.finfo(dtype).max).to(dtype)
+        found, dtype = spread(sums, length, self.rotary), self.moments.dtype
+        return found.clamp(max=min(torch.finfo(dtype).max, torch.finfo(found.dtype).max)).to(dtype)
 
     def forget(self) -> None:
         """Drop the moments of closed chunks; they are measured anew, from the keys, when next asked for."""

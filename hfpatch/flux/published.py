@@ -4,13 +4,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import InputError
-from .router import Router, Routers
+from ..errors import InputError, reason
+from .router import router_shapes
 
-_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.mask_allocator\.(\w+)\.(\d+)\.(weight|bias)$")
+_NAME = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.self_attn\.mask_allocator\.(\w+)\.(\d+)\.(weight|bias)$")
 _PROJECTION = re.compile(r"self_attn\.[qkv]_proj\.weight$")
 _PARTS = {"cls_feat_extractor": "encoder", "cls_router_head_agnostic": "head"}
 
@@ -37,15 +37,14 @@ def convert_routers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     layers = sorted({int(name.split(".")[1]) for name in found})
     first = found.get(f"layer.{layers[0]}.encoder.0.weight")
-    dim = 1 if first is None else first.shape[-1]
-    want = {f"layer.{n}.{name}": p.shape for n in layers for name, p in Router(dim).named_parameters()}
-    wrong = sorted(set(found) ^ set(want)) + [n for n in found if n in want and found[n].shape != want[n]]
+    dim = 1 if first is None or first.ndim != 2 else first.shape[-1]
+    want = {f"layer.{n}.{name}": shape for n in layers for name, shape in router_shapes(dim).items()}
+    wrong = sorted(set(found) ^ set(want)) + [n for n in found if n in want and tuple(found[n].shape) != want[n]]
     if wrong:
         shape = list(found[wrong[0]].shape) if wrong[0] in found else "missing"
         raise InputError(
             f"The routers have another form than D-8D-2D and 2D-4D-D-2 ({wrong[0]}: {shape}); hfpatch cannot use them."
         )
-    Routers.from_tensors(found)
     return found
 
 
@@ -53,8 +52,11 @@ def read_published(folder: Path) -> dict[str, Tensor]:
     """Router tensors from the safetensors files of a downloaded checkpoint. Raises InputError."""
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if our_name(name)}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tensors.get_tensor(name) for name in tensors.keys() if our_name(name)}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} is not a readable safetensors file ({reason(error)}).") from error
     return convert_routers(found)
 
 

@@ -1,6 +1,7 @@
 """The learned router of Flux: two ends of the prompt in, full or sparse out."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +23,19 @@ def pool_ends(queries: Tensor, size: int) -> Tensor:
 class Router(nn.Module):
     """Two logits per row, [sparse, full], from pooled queries `[B, D]`; starts fully dense.
 
-    Context encoder D -> 8D -> 2D and head 2D -> 4D -> D -> 2 with SiLU, as in the reference code.
+    Context encoder D -> 8D -> 2D and head 2D -> 4D -> D -> 2 with SiLU, as in the reference code. On device "meta" it
+    has shapes and no weights.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, device: str | None = None) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(dim, 8 * dim), nn.SiLU(), nn.Linear(8 * dim, 2 * dim))
-        last = nn.Linear(dim, 2)
+        linear = partial(nn.Linear, device=device)
+        self.encoder = nn.Sequential(linear(dim, 8 * dim), nn.SiLU(), linear(8 * dim, 2 * dim))
+        last = linear(dim, 2)
         nn.init.zeros_(last.weight)
         with torch.no_grad():
             last.bias.copy_(torch.tensor([0.0, START_BIAS]))
-        self.head = nn.Sequential(nn.Linear(2 * dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim), nn.SiLU(), last)
+        self.head = nn.Sequential(linear(2 * dim, 4 * dim), nn.SiLU(), linear(4 * dim, dim), nn.SiLU(), last)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Logits `[B, 2]`."""
@@ -43,9 +46,9 @@ class Router(nn.Module):
 class Routers(nn.Module):
     """One router per layer; on disk their tensors are named `layer.<n>.<parameter>`."""
 
-    def __init__(self, layers: Sequence[int], dim: int) -> None:
+    def __init__(self, layers: Sequence[int], dim: int, device: str | None = None) -> None:
         super().__init__()
-        self.layer = nn.ModuleDict({str(n): Router(dim) for n in layers})
+        self.layer = nn.ModuleDict({str(n): Router(dim, device) for n in layers})
 
     def __getitem__(self, layer: int) -> Router:
         router = self.layer[str(layer)]
@@ -59,9 +62,14 @@ class Routers(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Routers":
-        """Routers rebuilt from what `state_dict` gave. Raises KeyError or RuntimeError on tensors that do not fit."""
+        """Routers rebuilt from what `state_dict` gave, of the shapes that `router_shapes` tells."""
         layers = sorted({int(name.split(".")[1]) for name in tensors})
-        dim = tensors[f"layer.{layers[0]}.encoder.0.weight"].shape[1]
-        routers = cls(layers, dim)
-        routers.load_state_dict(dict(tensors))
+        routers = cls(layers, tensors[f"layer.{layers[0]}.encoder.0.weight"].shape[1], "meta")
+        routers.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
         return routers.eval()
+
+
+def router_shapes(dim: int | None) -> dict[str, tuple[int | None, ...]]:
+    """The shapes of the parameters of a router that reads `dim` channels, by name; any when None."""
+    found = {name: t.shape for name, t in Router(dim or 1, "meta").named_parameters()}
+    return {name: (None,) * len(s) if dim is None else tuple(s) for name, s in found.items()}

@@ -36,7 +36,8 @@ def rank_layers(
 ) -> list[tuple[int, float]]:
     """Full-attention layers with the mean of 1 / (place of the needle's sentence among all), best first.
 
-    Each probe is a chunk of `settings.chunk_tokens` tokens of made-up sentences with one needle; `question` has {key}.
+    Each probe is a chunk of `settings.chunk_tokens` tokens of made-up sentences with one needle, or of as many as the
+    model's positions leave room for; `question` has {key}.
     """
     from ..evals.testbed import text
 
@@ -45,6 +46,9 @@ def rank_layers(
     if "{key}" not in question or probes < 1:
         raise InputError("rank_layers needs a question with {key} in it and at least one probe.")
     watch = _Watch(replace(settings, layers=None))
+    config: Any = model.config
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = settings.chunk_tokens if window is None else min(settings.chunk_tokens, window * 3 // 4)
     found: dict[int, list[float]] = {}
     with patched_with(model, [watch]):
         for n in range(probes):
@@ -52,7 +56,7 @@ def rank_layers(
             key = text.random_key(rng)
             prompt = make_prompt(tokenizer, settings.template, question.replace("{key}", key), settings.chat)
             said, source, size = list[list[int]](), text.grammar_sentences(rng), 0
-            while size < settings.chunk_tokens:
+            while size < length:
                 said.append(tokenize(tokenizer, next(source) + " "))
                 size += len(said[-1])
             place = rng.randrange(len(said))

@@ -34,6 +34,7 @@ class QuestionView:
         """
         rows = self.weights[:, start:stop]
         total = rows.sum(0) if question is None else (question.square()[:, None] * rows).sum(0)
+        phrase = min(phrase, 2 * len(total))  # every token's neighbours are then all of them
         padded = F.pad(total, (phrase // 2, (phrase - 1) // 2))
         return padded.unfold(0, phrase, 1).sum(-1)
 

@@ -1,6 +1,5 @@
 """Gate weights that checkpoints keep in a widened query projection, taken apart."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reason
+from ..hub import download
+from ..json_file import read_json
 from ..patch_config import PatchConfig
+from ..patch_store import load_tensors
 from ..registry import make_config
+from ..values import shown
 
 LAYOUTS = ("kv-groups", "heads")
+FILES = ["*.json", "*.safetensors"]
 _QUERY = re.compile(r"(.*\blayers\.(\d+)\..*\bq_proj)\.(weight|bias)")
 
 
@@ -65,41 +69,40 @@ def load_gated_model(name_or_path: str, *, layout: str = "kv-groups", dtype: tor
     """A checkpoint of the paper's repository on the plain Transformers architecture, patched with its gates.
 
     Nothing of the checkpoint's own code is run. Qwen3 serves configs with query and key norm, Llama those without.
+    Raises ConfigError.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     from ..api import patch_model
 
-    folder = _folder(name_or_path)
-    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    folder = Path(name_or_path) if Path(name_or_path).is_dir() else download(name_or_path, None, FILES)
+    data = read_json(folder / "config.json")
+    if not isinstance(data, dict):
+        raise ConfigError(f"gated: {folder / 'config.json'} is not the config of a model.")
     normed = data.get("use_qk_norm", True)
     data = {k: v for k, v in data.items() if k not in ("auto_map", "architectures", "model_type", "use_qk_norm")}
     data.setdefault("attention_bias", bool(data.pop("qkv_bias", False)))
-    config: Any = (Qwen3Config if normed else LlamaConfig)(**data)
-    plain, patch = load_gates(_weights(folder), config, layout)
-    model: Any = (Qwen3ForCausalLM if normed else LlamaForCausalLM)(config)
-    missing, unexpected = model.load_state_dict(plain, strict=False)
+    weights = _weights(folder)
+    try:
+        config: Any = (Qwen3Config if normed else LlamaConfig)(**data)
+        plain, patch = load_gates(weights, config, layout)
+        model: Any = (Qwen3ForCausalLM if normed else LlamaForCausalLM)(config)
+        missing, unexpected = model.load_state_dict(plain, strict=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # what Transformers and PyTorch make of a config or of shapes that do not fit
+        raise ConfigError(f"gated: {shown(name_or_path)} cannot be loaded ({reason(error)}).") from error
     odd = [k for k in missing if not (k == "lm_head.weight" and config.tie_word_embeddings)] + [
         k for k in unexpected if not k.endswith("inv_freq")
     ]
     if odd:
-        raise ConfigError(f"gated: {name_or_path!r} does not fit {type(model).__name__}: {odd[0]}.")
+        raise ConfigError(f"gated: {shown(name_or_path)} does not fit {type(model).__name__}: {odd[0]}.")
     model.tie_weights()
     return patch_model(model.to(dtype).eval(), patch)
 
 
-def _folder(name_or_path: str) -> Path:
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors"]))
-
-
 def _weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"gated: {folder} holds no safetensors file.")
-    return {k: t for file in files for k, t in load_file(file).items()}
+    return {k: t for file in files for k, t in load_tensors(file).items()}

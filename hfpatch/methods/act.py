@@ -1,6 +1,5 @@
 """ACT: take attention away from sinks in the middle of the text and give it to the rest."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
+from ..json_file import read_json
 from ..method import Method
 from ..registry import register_method
 from ..regroup import Columns
+from ..values import FLOAT_END, Misfit, OutOfRange, PathText, fitted, shown
 from ._column_sums import ColumnSums
 from ._model import query_heads
 
@@ -26,7 +27,7 @@ class ACTConfig(MethodConfig):
     method: ClassVar[str] = "act"
     beta: float = option(0.4, "what a sink keeps of its attention", ge=0, le=1)
     threshold: float | str = option("5/N", "mean attention that makes a token a sink: a share, or '5/N' for N keys")
-    heads: list[list[int]] | str | None = option(
+    heads: list[list[int]] | PathText | None = option(
         None, "[layer, query head] pairs to calibrate, or a JSON file of them; all heads of `layers` when None"
     )
 
@@ -50,23 +51,28 @@ class ACTConfig(MethodConfig):
                 value = float(top)
             except ValueError:
                 value = -1.0
-            if slash and n == "N" and value > 0:
+            if slash and n == "N" and 0 < value <= FLOAT_END:
                 return value / keys
         elif self.threshold > 0:
-            return float(self.threshold)
-        raise ConfigError(f"act: threshold={self.threshold!r} is neither a number above 0 nor text such as '5/N'.")
+            return self.threshold
+        raise ConfigError(
+            f"act: threshold={shown(self.threshold)} is neither a number above 0 nor text such as '5/N'."
+        )
 
 
 def _read_heads(path: Path) -> list[list[int]]:
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"act: heads={str(path)!r} is not a readable JSON file ({type(error).__name__}).") from error
+        data: Any = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"act: heads={shown(str(path))} is not a readable JSON file ({error}).") from error
     pairs = data.get("heads") if isinstance(data, dict) else data
-    pairs = pairs if isinstance(pairs, list) else [None]
-    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(n, int) for n in p) for p in pairs):
+    try:
+        found: list[list[int]] = fitted(pairs, list[list[int]])
+    except (Misfit, OutOfRange):
+        found = [[]]
+    if not all(len(p) == 2 for p in found):
         raise ConfigError(f"act: {path} must hold a list of [layer, head] pairs, or one under 'heads'.")
-    return [list(p) for p in pairs]
+    return found
 
 
 @register_method
@@ -126,12 +132,7 @@ class ACT(Method):
         heads = list(range(call.Hq)) if s.heads is None else self._heads.get(call.layer, [])
         if not heads or s.beta == 1:
             return []
-        earlier = call.state.get("act")
-        self._rollbacks += earlier is not None and earlier.cropped
-        sums = ColumnSums.of(call, earlier, heads)
-        call.state["act"] = sums
-        sink = sums.means() > s.share(call.Lk)
-        sink[..., 0] = False
+        sink = self._sinks(call, heads)
         keys = sink.flatten(0, 1).any(0).nonzero()[:, 0]
         if not len(keys):
             return []
@@ -144,3 +145,14 @@ class ACT(Method):
             return torch.where(member, beta * (1 - mass) / (1 - beta * mass), 1.0)
 
         return [Columns(keys, factor)]
+
+    @torch.no_grad()
+    def _sinks(self, call: AttentionCall, heads: list[int]) -> Tensor:
+        """Whether each key is a sink for each of the heads, bool `[B, H, Lk]`."""
+        earlier = call.state.get("act")
+        self._rollbacks += earlier is not None and earlier.cropped
+        sums = ColumnSums.of(call, earlier, heads)
+        call.state["act"] = sums
+        sink = sums.means() > self.settings.share(call.Lk)
+        sink[..., 0] = False
+        return sink

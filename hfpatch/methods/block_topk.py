@@ -72,9 +72,9 @@ class BlockTopk(Method):
         whole = s.mass is None and isinstance(s.budget, int) and call.Lk <= s.budget
         if call.Lk < s.min_length or whole:
             return None
-        grid = Grid(call.layout, s.block_q, s.block_k)
+        grid = Grid.of(call.layout, s.block_q, s.block_k)
         heads = choosers(call.layout, s.share)
-        q, k = block_means(call.q, s.block_q), block_means(call.k, s.block_k)
+        q, k = block_means(call.q, grid.block_q), block_means(call.k, grid.block_k)
         weights = [w.unflatten(1, (heads, -1)).mean(2) for w in pooled_weights(q, k, grid, self.split(call))]
         forced = grid.forced(s.sink, s.window)
         score = torch.stack(weights).amax(0)

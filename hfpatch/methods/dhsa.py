@@ -18,9 +18,11 @@ from ..dhsa.rotary import Rotary
 from ..dhsa.score import RULES, pool_queries, score_chunks
 from ..dhsa.table import ChunkTable
 from ..errors import ConfigError
+from ..learned import Learned, ModelSizes
 from ..method import Method
 from ..registry import register_method
 from ..selection import Causal, Rows, Selection
+from ..values import PathText
 from ._model import modeling_names, text_config
 
 KEY = "dhsa"
@@ -52,7 +54,7 @@ class DhsaConfig(MethodConfig):
     phase: str = option("both", "where the selection applies", choices=("both", "prefill", "decode"))
     share: str = option("none", "what later layers take over", choices=("none", "boundaries", "selection"))
     share_span: int = option(0, "patched layers that share with the first of them; 0 is all", ge=0)
-    predictor: str | None = option(
+    predictor: PathText | None = option(
         None, "folder or Hub id of a boundary predictor, or 'embedded' for the small model's"
     )
 
@@ -125,16 +127,21 @@ class Dhsa(Method):
         self.acts_in = frozenset({"prefill", "decode"} if s.phase == "both" else {s.phase})
         tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.least_block and s.score != "bands"
         self.causality = "tile" if tiled else "no"
-        self.predictor = BoundaryPredictor.of(tensors or {})
+        self.predictor: BoundaryPredictor | None = None
         self.watch: Callable[[AttentionCall, Selection | None], None] | None = None
         self.rotary = Rotary()
         self.needs = frozenset({"forward"} if s.share != "none" else ())
         self._leader: dict[int, int] = {}
         self._counts: dict[int, tuple[Tensor, int]] = {}
 
+    def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
+        """The weights and sizes of a boundary predictor, all of them."""
+        return BoundaryPredictor.learned(self.given)
+
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         """Load the predictor and settle which layer shares with which. Raises ConfigError."""
         s = self.settings
+        self.predictor = BoundaryPredictor.of(self.given)
         if s.boundaries == "predictor" and self.predictor is None:
             if s.predictor is None:
                 raise ConfigError(

@@ -77,8 +77,8 @@ class FlashPrefill(Method):
         if call.Lk < s.min_length or tiles <= 0:
             return None
         stop = min(tiles * s.block_q, call.Lq)
-        grid = Grid(call.layout.rows(0, stop), s.block_q, s.block_k)
-        means = block_means(call.k[:, :, : grid.at.Lk], s.block_k)
+        grid = Grid.of(call.layout.rows(0, stop), s.block_q, s.block_k)
+        means = block_means(call.k[:, :, : grid.at.Lk], grid.block_k)
         energy = tile_energy(call.q[:, :, :stop], means * call.scale, grid, choosers(call.layout, s.share))
         keep = (energy > 0) & (energy >= s.alpha * energy.amax(-1, keepdim=True))
         if s.alpha == 0:
@@ -102,7 +102,8 @@ class FlashPrefill(Method):
 
 def with_means(call: AttentionCall, grid: Grid, dropped: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """`out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]` with the mean keys and values of `dropped [B|1, H, nQ, nK]` blocks."""
-    out, lse, dropped = out.clone(), lse.clone(), dropped.repeat_interleave(call.Hq // dropped.shape[1], 1)
+    dropped = dropped.repeat_interleave(call.Hq // dropped.shape[1], 1)
+    outs, lses, done = [], [], 0
     keys, values = (
         block_means(x[:, :, : grid.at.Lk], grid.block_k).repeat_interleave(call.groups, 1) for x in (call.k, call.v)
     )
@@ -120,9 +121,11 @@ def with_means(call: AttentionCall, grid: Grid, dropped: Tensor, out: Tensor, ls
         mass = logits.logsumexp(-1)
         weights = torch.exp(logits - mass.masked_fill(mass.isneginf(), 0.0)[..., None])
         parts = [(out[:, rows].transpose(1, 2).float(), lse[:, :, rows]), (weights @ values[:, :, :seen], mass)]
-        o, lse[:, :, rows] = merge(parts)
-        out[:, rows] = o.transpose(1, 2).to(out.dtype)
-    return out, lse
+        o, merged = merge(parts)
+        outs += [out[:, done : rows.start], o.transpose(1, 2).to(out.dtype)]
+        lses += [lse[:, :, done : rows.start], merged]
+        done = rows.stop
+    return torch.cat([*outs, out[:, done:]], 1), torch.cat([*lses, lse[:, :, done:]], 2)
 
 
 def tile_energy(q: Tensor, means: Tensor, grid: Grid, heads: int) -> Tensor:

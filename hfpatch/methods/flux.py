@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError, IncompatibleMethodsError, UnsupportedModelError
-from ..flux.router import FULL, Routers, pool_ends
+from ..flux.router import FULL, Routers, pool_ends, router_shapes
 from ..layers import parse_layers
+from ..learned import Learned, ModelSizes, check_given
 from ..method import Method
 from ..ops import attend
 from ..registry import get_method, make_config, register_method
@@ -81,7 +82,6 @@ class Flux(Method):
                 "flux: crop_cache=True goes with sparse='streaming' in both phases and last_queries=0, which alone "
                 "never looks back at dropped keys."
             )
-        self._tensors = dict(tensors or {})
         self.routers: Routers | None = None
         self.needs = frozenset({"queries"}) if config.router == "learned" else frozenset()
         self.causality = "no" if config.router in ("learned", "oracle") else self.child.causality
@@ -93,7 +93,16 @@ class Flux(Method):
         c = self.child
         return isinstance(c, Streaming) and c.settings.phase == "both" and not c.settings.last_queries
 
+    def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
+        found = {"ranking": Learned((sizes.layers,))}
+        shapes = router_shapes(sizes.query_dim)
+        for n in range(sizes.layers):
+            names = {f"layer.{n}.{name}": shape for name, shape in shapes.items()}
+            found |= {name: Learned(shape, along=tuple(names)) for name, shape in names.items()}
+        return found
+
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        check_given([self.child], model)
         self.child.prepare(model, layers)
         s = self.settings
         if s.crop_cache and _shares_keys(model):
@@ -108,33 +117,30 @@ class Flux(Method):
             self._sparse_layers = set(parse_layers(s.sparse_layers, max(layers) + 1))
 
     def _load_routers(self, layers: Sequence[int]) -> Routers:
-        named = {k: t for k, t in self._tensors.items() if k.startswith("layer.")}
+        named = {k: t for k, t in self.given.items() if k.startswith("layer.")}
         if not named:
             raise ConfigError(
                 "flux: router='learned' needs trained routers; train them with `hfpatch calibrate flux` and load the "
                 "result with PatchConfig.from_pretrained(folder), or use router='static'."
             )
-        try:
-            routers = Routers.from_tensors(named)
-        except (KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise ConfigError(f"flux: the router tensors do not fit together ({error}).") from error
+        routers = Routers.from_tensors(named)
         missing = sorted(set(layers) - set(routers.layers))
         if missing:
             raise UnsupportedModelError(f"flux: the routers were trained for other layers; none for {missing}.")
         return routers
 
     def _ranked(self, layers: Sequence[int]) -> set[int]:
-        scores = self._tensors.get("ranking")
-        if scores is None or len(scores) <= max(layers):
+        scores = self.given.get("ranking")
+        if scores is None:
             raise ConfigError(
                 "flux: router='entropy' needs a ranking of this model's layers; `hfpatch calibrate flux`."
             )
-        full = len(layers) - int(self.settings.sparsity * len(layers))
-        order = sorted(layers, key=lambda n: -float(scores[n]))
+        ranked, full = scores.tolist(), len(layers) - int(self.settings.sparsity * len(layers))
+        order = sorted(layers, key=lambda n: -ranked[n])
         return set(order[full:])
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**self._tensors, **(self.routers.state_dict() if self.routers else {})}
+        return {**self.given, **(self.routers.state_dict() if self.routers else {})}
 
     def route(self, call: AttentionCall) -> list[Method | None]:
         key = "flux-sparse"

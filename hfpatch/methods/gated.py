@@ -12,15 +12,16 @@ from torch.nn import functional as F
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError, UnsupportedModelError
+from ..learned import Learned, ModelSizes
 from ..method import Method
 from ..registry import register_method
+from ..values import PathText, shown
 from ._after_attention import refuse_unless_free
-from ._model import query_heads
 from ._research_gates import load_gated_model, load_gates
 
 __all__ = ["Gated", "GatedConfig", "load_gated_model", "load_gates", "saved_gates"]
 
-_KEY = re.compile(r"layers\.(\d+)\.(weight|bias|constant)")
+_KEY = re.compile(r"layers\.([0-9]{1,9})\.(weight|bias|constant)")
 
 
 @dataclass(kw_only=True)
@@ -36,8 +37,12 @@ class GatedConfig(MethodConfig):
     granularity: str = option(
         "headwise", "new gates: one per head, or one per channel of a head", choices=("headwise", "elementwise")
     )
-    start_bias: float = option(5.0, "b of new sigmoid gates, whose W is zero; 4 gives a gate of .982, 5 of .993")
-    weights: str | None = option(None, "folder or Hub id of saved gates; without any, gates start as the identity")
+    start_bias: float = option(
+        5.0, "b of new sigmoid gates, whose W is zero; 4 gives a gate of .982, 5 of .993", ge=-1e4, le=1e4
+    )
+    weights: PathText | None = option(
+        None, "folder or Hub id of saved gates; without any, gates start as the identity"
+    )
 
 
 @register_method
@@ -60,17 +65,27 @@ class Gated(Method):
     def __init__(self, config: GatedConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
         self.settings = config
-        if not tensors and config.weights is not None:
-            tensors = saved_gates(config.weights)
+        if not self.given and config.weights is not None:
+            self.given = saved_gates(config.weights)
         self.gates: dict[int, dict[str, Tensor]] = {}
-        for key, value in (tensors or {}).items():
-            match = _KEY.fullmatch(key)
-            if match is None or (match[2] == "constant") != (config.form == "constant"):
-                raise ConfigError(f"gated: a tensor {key!r} does not belong to gates of the form {config.form!r}.")
-            self.gates.setdefault(int(match[1]), {})[match[2]] = value
+        for key, value in self.given.items():
+            if match := _KEY.fullmatch(key):
+                self.gates.setdefault(int(match[1]), {})[match[2]] = value
         self.loaded = bool(self.gates)
         self.watch: Callable[[AttentionCall], None] | None = None
         self._moved: dict[tuple[int, torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
+        heads, wide = sizes.heads, sizes.heads and sizes.value_dim and sizes.heads * sizes.value_dim
+        if self.settings.form == "constant":
+            return {f"layers.{n}.constant": Learned((heads,)) for n in range(sizes.layers)}
+        found: dict[str, Learned] = {}
+        for n in range(sizes.layers):
+            weight = f"layers.{n}.weight"
+            rows = self.given[weight].shape[:1] if weight in self.given else (None,)
+            found[weight] = Learned((heads, sizes.hidden), (wide, sizes.hidden))
+            found[f"layers.{n}.bias"] = Learned(tuple(rows), along=(weight,))
+        return found
 
     def pick(self, layers: list[int]) -> list[int]:
         return [n for n in layers if n in self.gates] if self.loaded else layers
@@ -80,11 +95,6 @@ class Gated(Method):
         missing = sorted(set(self.gates) - set(layers))
         if missing:
             raise ConfigError(f"gated: there are gates for layer {missing[0]}, but that layer is not patched.")
-        heads = query_heads(model)
-        for layer, gate in self.gates.items():
-            rows = len(gate["constant"] if "constant" in gate else gate["weight"])
-            if heads is not None and rows % heads:
-                raise ConfigError(f"gated: layer {layer} has {rows} gates, which do not fit {heads} query heads.")
 
     def notes(self) -> list[str]:
         if self.loaded:
@@ -111,14 +121,16 @@ class Gated(Method):
     def _gate(self, call: AttentionCall, out: Tensor) -> dict[str, Tensor]:
         """The layer's tensors on the call's device and in its dtype; made when there are none."""
         if call.layer not in self.gates:
-            self.gates[call.layer] = self._new(call, out.shape[-1])
+            with torch.inference_mode(False):  # the gates may be trained later
+                self.gates[call.layer] = self._new(call, out.shape[-1])
         gate = self.gates[call.layer]
         for t in gate.values():
             if t.requires_grad:
                 return {name: t.to(out.device, out.dtype) for name, t in gate.items()}
         key = (call.layer, out.device, out.dtype)
         if key not in self._moved:
-            self._moved[key] = {name: t.to(out.device, out.dtype) for name, t in gate.items()}
+            with torch.inference_mode(False):
+                self._moved[key] = {name: t.to(out.device, out.dtype) for name, t in gate.items()}
         return self._moved[key]
 
     def _new(self, call: AttentionCall, channels: int) -> dict[str, Tensor]:
@@ -137,8 +149,7 @@ def saved_gates(name_or_path: str) -> dict[str, Tensor]:
     from ..patch_config import PatchConfig
 
     saved = PatchConfig.from_pretrained(name_or_path)
-    for n, config in enumerate(saved.methods):
-        own = {k.split(".", 1)[1]: t for k, t in saved.tensors.items() if k.startswith(f"{n}.")}
+    for config, own in zip(saved.methods, saved.tensors_by_method(), strict=True):
         if isinstance(config, GatedConfig) and own:
             return own
-    raise ConfigError(f"gated: {name_or_path!r} holds no gate weights; save a patch with trained gates there.")
+    raise ConfigError(f"gated: {shown(name_or_path)} holds no gate weights; save a patch with trained gates there.")

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
+from ..learned import Learned, ModelSizes
 from ..method import Method
 from ..registry import register_method
 from ._after_attention import refuse_unless_free
 from ._model import query_heads
+
+MOST = 1e4
 
 
 @dataclass(kw_only=True)
@@ -22,13 +25,17 @@ class HeadScaleConfig(MethodConfig):
 
     method: ClassVar[str] = "head_scale"
     heads: list[list[int]] = option([], "[layer, query head] pairs to scale by `factor`")
-    factor: float = option(0.0, "factor on the outputs of `heads`; 0 removes them")
+    factor: float = option(0.0, "factor on the outputs of `heads`; 0 removes them", ge=-MOST, le=MOST)
     scales: list[list[float]] = option([], "[layer, query head, factor] triples, for factors of their own")
 
     def validate(self) -> None:
         if any(len(p) != 2 for p in self.heads) or any(len(t) != 3 for t in self.scales):
             raise ConfigError("head_scale: heads takes [layer, head] pairs, scales [layer, head, factor] triples.")
         entries: list[list[float]] = [*self.heads, *self.scales]  # type: ignore[list-item]
+        if any(n != int(n) for p in entries for n in p[:2]):
+            raise ConfigError("head_scale: layers and heads are whole numbers.")
+        if any(abs(t[2]) > MOST for t in self.scales):
+            raise ConfigError(f"head_scale: factors in scales must be {-MOST:g} to {MOST:g}.")
         places = [(int(p[0]), int(p[1])) for p in entries]
         if len(set(places)) < len(places):
             raise ConfigError("head_scale: a head is named twice.")
@@ -59,14 +66,15 @@ class HeadScale(Method):
 
     def __init__(self, config: HeadScaleConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.scale = (tensors or {}).get("scale")
-        if self.scale is not None and self.scale.dim() != 2:
-            raise ConfigError(f"head_scale: the tensor scale must be [layers, heads], not {list(self.scale.shape)}.")
+        self.scale = self.given.get("scale")
         self._by_layer = config.factors()
         self._made: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
+    def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
+        return {"scale": Learned((sizes.layers, sizes.heads), ge=-MOST, le=MOST)}
+
     def pick(self, layers: list[int]) -> list[int]:
-        return [n for n in layers if (n < len(self.scale) if self.scale is not None else n in self._by_layer)]
+        return layers if self.scale is not None else [n for n in layers if n in self._by_layer]
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         refuse_unless_free(model, layers, self.name, native_gate_ok=True)
@@ -78,13 +86,11 @@ class HeadScale(Method):
         if heads is not None and worst >= heads:
             raise ConfigError(f"head_scale: there is no head {worst}; the model has {heads} query heads.")
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {} if self.scale is None else {"scale": self.scale}
-
     def output(self, call: AttentionCall, out: Tensor) -> Tensor:
         key = (call.layer, out.device, out.dtype)
         if key not in self._made:
-            self._made[key] = self._factors(call.layer, call.Hq).to(out.device, out.dtype)[:, None]
+            with torch.inference_mode(False):  # a later call may be one of training
+                self._made[key] = self._factors(call.layer, call.Hq).to(out.device, out.dtype)[:, None]
         return out * self._made[key]
 
     def _factors(self, layer: int, heads: int) -> Tensor:

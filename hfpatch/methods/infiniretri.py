@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..call import AttentionCall
@@ -70,6 +71,7 @@ class InfiniRetri(Method):
     def pick(self, layers: list[int]) -> list[int]:
         return layers[-1:]
 
+    @torch.no_grad()
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
         wanted: dict[int, int] | None = getattr(self._reading, "questions", None)
         if wanted is None:

@@ -95,7 +95,7 @@ class Pattern(Method):
 
     def _part(self, at: Layout, start: int, stop: int) -> Selection:
         """Queries `start..stop`, where every tile but the first range's begins at a block."""
-        grid = Grid(at.rows(start, stop), self.block, self.block)
+        grid = Grid.of(at.rows(start, stop), self.block, self.block)
         heads = choosers(at, self.settings.share) if self.settings.pattern == "s2" else 1
         h = torch.arange(heads, device=at.device)[:, None, None]
         keep = self.rule(h, (grid.first // self.block)[:, None], grid.blocks[None])

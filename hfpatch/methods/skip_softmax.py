@@ -74,15 +74,16 @@ class SkipSoftmax(Method):
         s = self.settings
         if call.Lk < s.min_length:
             return None
-        block_q = min(s.block_q, call.Lq)
-        grid = Grid(call.layout, block_q, s.block_k)
+        grid = Grid.of(call.layout, s.block_q, s.block_k)
+        block_q = grid.block_q
         out = torch.zeros(call.B, call.Hq, grid.nq, grid.nk, dtype=torch.bool, device=call.q.device)
         step = max(1, CHUNK_ROWS // (call.groups * block_q)) * block_q
         for h in range(call.Hkv):
             heads = slice(h * call.groups, (h + 1) * call.groups)
             for start in range(0, call.Lq, step):
-                top = tile_maxima(call, h, start, min(start + step, call.Lq), s.block_k)
-                near = top - top.cummax(-1).values > self.threshold(call)
+                top = tile_maxima(call, h, start, min(start + step, call.Lq), grid.block_k)
+                below = top - top.cummax(-1).values
+                near = (below > self.threshold(call)) | (below == 0)
                 tiles = pad_to(near.byte(), block_q, -2).unflatten(2, (-1, block_q)).amax(3).bool()
                 n = start // block_q
                 out[:, heads, n : n + tiles.shape[2], : tiles.shape[3]] = tiles

@@ -1,22 +1,26 @@
 """Vertical-slash prefill: the columns and diagonals that the last queries attend to."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import SHARES, Grid, check_budget, choosers, kept_blocks, pad_to, tokens_of
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
+from ..json_file import read_json
+from ..learned import Learned, ModelSizes
 from ..method import Method
 from ..registry import register_method
 from ..selection import Selection
+from ..values import INT_END, Misfit, OutOfRange, PathText, fitted, shown
+
+CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(kw_only=True)
@@ -26,7 +30,7 @@ class VerticalSlashConfig(MethodConfig):
     method: ClassVar[str] = "vertical_slash"
     vertical: int | float = option(0.05, "columns kept, the first ones included", gt=0)
     slash: int | float = option(0.1, "diagonals kept, the nearest ones included", gt=0)
-    head_config: str | None = option(None, "JSON file with (vertical, slash) tokens per layer and query head")
+    head_config: PathText | None = option(None, "JSON file with (vertical, slash) tokens per layer and query head")
     estimate: int = option(64, "last queries whose attention is looked at", ge=1)
     sink: int = option(30, "first columns, always kept", ge=0)
     local: int = option(100, "nearest diagonals, always kept", ge=1)
@@ -64,23 +68,12 @@ class VerticalSlash(Method):
     def __init__(self, config: VerticalSlashConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
         self.settings = config
-        self.per_head = (tensors or {}).get("per_head")
-        if self.per_head is None and config.head_config is not None:
-            self.per_head = read_head_config(config.head_config)
+        if not self.given and config.head_config is not None:
+            self.given = {"per_head": read_head_config(config.head_config)}
+        self.per_head = self.given.get("per_head")
 
-    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
-        config: Any = getattr(model, "config", None)
-        heads = getattr(config.get_text_config(), "num_attention_heads", None) if config is not None else None
-        if self.per_head is None:
-            return
-        if max(layers, default=0) >= len(self.per_head) or heads not in (None, self.per_head.shape[1]):
-            raise ConfigError(
-                f"vertical_slash: head_config holds {len(self.per_head)} layers of {self.per_head.shape[1]} heads; "
-                f"the model has {heads} heads and is patched up to layer {max(layers, default=0)}."
-            )
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {} if self.per_head is None else {"per_head": self.per_head}
+    def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
+        return {"per_head": Learned((sizes.layers, sizes.heads, 2), whole=True, ge=0, le=INT_END)}
 
     def notes(self) -> list[str]:
         return [f"vertical_slash: calls with fewer than {self.settings.min_length} keys run dense (min_length)"]
@@ -90,14 +83,15 @@ class VerticalSlash(Method):
         s = self.settings
         if call.Lk < s.min_length:
             return None
-        grid, heads = Grid(call.layout, s.block_q, s.block_k), choosers(call.layout, s.share)
+        grid, heads = Grid.of(call.layout, s.block_q, s.block_k), choosers(call.layout, s.share)
+        size = grid.block_k
         columns, diagonals = (
-            pad_to(x.unflatten(1, (heads, -1)).sum(2), s.block_k, -1).unflatten(-1, (-1, s.block_k)).sum(-1)
+            pad_to(x.unflatten(1, (heads, -1)).sum(2), size, -1).unflatten(-1, (-1, size)).sum(-1)
             for x in line_sums(call, min(s.estimate, call.Lq))
         )
         vertical, slash = self.budgets(call, heads)
-        vertical_kept = best_lines(columns, -(-vertical // s.block_k), -(-s.sink // s.block_k))
-        slash_kept = best_lines(diagonals, -(-slash // s.block_k), -(-s.local // s.block_k))
+        vertical_kept = best_lines(columns, -(-vertical // size), -(-s.sink // size))
+        slash_kept = best_lines(diagonals, -(-slash // size), -(-s.local // size))
         return kept_blocks(grid, vertical_kept[:, :, None] | crossed(slash_kept, grid))
 
     def budgets(self, call: AttentionCall, heads: int) -> tuple[Tensor, Tensor]:
@@ -112,18 +106,31 @@ class VerticalSlash(Method):
 
 def line_sums(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     """Attention weights of the `last` queries summed per column and per diagonal i - j, both `[B, Hq, Lk]`."""
-    future = torch.ones(last, last, dtype=torch.bool, device=call.q.device).triu(1).flip(-1)
-    columns, diagonals = [], []
+    step = max(1, CHUNK_ELEMENTS // (call.B * call.groups * call.Lk))
+    columns, diagonals = (call.q.new_zeros(call.B, call.Hq, call.Lk, dtype=torch.float32) for _ in range(2))
     for h in range(call.Hkv):
-        q = call.q[:, h * call.groups : (h + 1) * call.groups, call.Lq - last :].float() * call.scale
-        logits = q @ call.k[:, h : h + 1].flip(2).float().mT
-        if call.softcap is not None:
-            logits = torch.tanh(logits / call.softcap) * call.softcap
-        logits[..., :last].masked_fill_(future, -torch.inf)
-        weights = logits.softmax(-1)
-        columns.append(weights.sum(2).flip(-1))
-        diagonals.append(diagonal_sums(weights))
-    return torch.cat(columns, 1), torch.cat(diagonals, 1)
+        heads = slice(h * call.groups, (h + 1) * call.groups)
+        keys = call.k[:, h : h + 1].flip(2).float().mT
+        for start in range(call.Lq - last, call.Lq, step):
+            stop = min(start + step, call.Lq)
+            weights = _weights_from_last(call, heads, keys, start, stop)
+            columns[:, heads, : call.off + stop] += weights.sum(2).flip(-1)
+            diagonals[:, heads, : call.off + stop] += diagonal_sums(weights)
+    return columns, diagonals
+
+
+def _weights_from_last(call: AttentionCall, heads: slice, keys: Tensor, start: int, stop: int) -> Tensor:
+    """Softmax weights `[B, G, R, n]` of queries `start..stop`, keys from the last they see to the first.
+
+    `keys [B, 1, D, Lk]` from last to first, in float32.
+    """
+    rows = stop - start
+    logits = call.q[:, heads, start:stop].float() * call.scale @ keys[..., call.Lq - stop :]
+    if call.softcap is not None:
+        logits = torch.tanh(logits / call.softcap) * call.softcap
+    future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device).triu(1).flip(-1)
+    logits[..., :rows].masked_fill_(future, -torch.inf)
+    return logits.softmax(-1)
 
 
 def diagonal_sums(weights: Tensor) -> Tensor:
@@ -157,12 +164,18 @@ def crossed(bands: Tensor, grid: Grid) -> Tensor:
 
 def read_head_config(path: str) -> Tensor:
     """Budgets `[layers, Hq, 2]` of a JSON list over layers of {head: [kind, vertical, slash, ...]}."""
+    where = f"vertical_slash: head_config={shown(path)}"
     try:
-        layers = json.loads(Path(path).read_text())
-        rows = [[layer[str(h)] for h in range(len(layer))] for layer in layers]
+        rows = [[layer[str(h)] for h in range(len(layer))] for layer in read_json(Path(path))]
         kinds = {row[0] for layer in rows for row in layer}
-        if kinds - {"vertical_and_slash"}:
-            raise ConfigError(f"vertical_slash: {path} asks for {sorted(kinds)}; only vertical_and_slash is known.")
-        return torch.tensor([[[int(row[1]), int(row[2])] for row in layer] for layer in rows])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise ConfigError(f"vertical_slash: head_config={path!r} cannot be read ({type(e).__name__}: {e}).") from e
+        budgets = [[fitted(row[1:3], list[int]) for row in layer] for layer in rows]
+        found = torch.tensor(budgets, dtype=torch.long)
+    except (ConfigError, OutOfRange, ValueError, LookupError, TypeError) as e:
+        raise ConfigError(f"{where} cannot be read ({type(e).__name__}: {e}).") from e
+    except Misfit as e:
+        raise ConfigError(f"{where} cannot be read (budgets are whole numbers).") from e
+    if kinds - {"vertical_and_slash"}:
+        raise ConfigError(f"{where} asks for {sorted(map(shown, kinds))}; only vertical_and_slash is known.")
+    if found.ndim != 3 or found.shape[2] != 2 or bool((found < 0).any()):
+        raise ConfigError(f"{where} cannot be read (every head of every layer needs its kind and two budgets).")
+    return found

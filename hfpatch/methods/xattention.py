@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blocks import SHARES, Grid, capped, check_budget, choosers, pad_to, top_mass
+from ..blocks import SHARES, Grid, capped, check_budget, choosers, no_longer, pad_to, top_mass
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
@@ -70,8 +70,10 @@ class XAttention(Method):
         s = self.settings
         if call.Lk < s.min_length:
             return None
-        grid = Grid(call.layout, s.block_q, s.block_k)
-        score = block_scores(call, grid, s.stride)
+        stride = no_longer(s.stride, call.Lk)
+        sides = (-(-no_longer(size, n) // stride) * stride for size, n in ((s.block_q, call.Lq), (s.block_k, call.Lk)))
+        grid = Grid(call.layout, *sides)
+        score = block_scores(call, grid, stride)
         score = score.unflatten(1, (choosers(call.layout, s.share), -1)).sum(2)
         return capped(grid, score, top_mass(score, s.mass), grid.forced(s.sink, s.window), s.budget)
 

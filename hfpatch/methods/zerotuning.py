@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
+from ..learned import Learned, ModelSizes
 from ..method import Method
 from ..registry import register_method
 from ..regroup import Columns, initial_weight
-from ._model import query_heads, text_config
+from ..values import shown
+from ._model import query_heads
 
 THIRDS = ("shallow", "middle", "deep")
 ENOUGH_TOKENS = 16
 NO_SINK = 0.1
-LEAST = 1e-3
+LEAST, MOST = 1e-3, 1e6
 
 
 @dataclass(kw_only=True)
@@ -27,7 +29,10 @@ class ZeroTuningConfig(MethodConfig):
 
     method: ClassVar[str] = "zerotuning"
     gamma: float = option(
-        1.0, "factor on the initial token's attention: above 1 flattens the rest, below 1 sharpens it", ge=LEAST
+        1.0,
+        "factor on the initial token's attention: above 1 flattens the rest, below 1 sharpens it",
+        ge=LEAST,
+        le=MOST,
     )
     heads: list[int] | None = option(None, "query heads that get `gamma`, the same in every layer; all when None")
     gammas: list[float] | None = option(None, "one factor per query head, instead of `gamma` and `heads`")
@@ -41,10 +46,10 @@ class ZeroTuningConfig(MethodConfig):
             raise ConfigError("zerotuning: depth and layers both choose layers; leave one of them out.")
         if self.gammas is not None and (self.gamma != 1.0 or self.heads is not None):
             raise ConfigError("zerotuning: gammas already says it for every head; leave gamma and heads out.")
-        if any(g < LEAST for g in self.gammas or []):
-            raise ConfigError(f"zerotuning: gammas={self.gammas} must all be {LEAST} or more.")
+        if any(not LEAST <= g <= MOST for g in self.gammas or []):
+            raise ConfigError(f"zerotuning: gammas={shown(self.gammas)} must all be {LEAST} to {MOST:g}.")
         if any(h < 0 for h in self.heads or []):
-            raise ConfigError(f"zerotuning: heads={self.heads} must be numbers from 0 on.")
+            raise ConfigError(f"zerotuning: heads={shown(self.heads)} must be numbers from 0 on.")
 
     @property
     def thirds(self) -> tuple[str, ...]:
@@ -74,47 +79,41 @@ class ZeroTuning(Method):
     def __init__(self, config: ZeroTuningConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
         self.settings = config
-        self.gamma = (tensors or {}).get("gamma")
-        if self.gamma is not None and (self.gamma.dim() not in (1, 2) or not bool((self.gamma >= LEAST).all())):
-            raise ConfigError(f"zerotuning: the tensor gamma must be [heads] or [layers, heads], all {LEAST} or more.")
+        self.gamma = self.given.get("gamma")
         self._by_layer = self.gamma is not None and self.gamma.dim() == 2
         self._columns: dict[tuple[int | None, torch.device], list[Columns]] = {}
         self._masses: dict[int, Tensor] = {}
+
+    def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
+        return {"gamma": Learned((sizes.heads,), (sizes.layers, sizes.heads), ge=LEAST)}
 
     def pick(self, layers: list[int]) -> list[int]:
         total = max(layers, default=0) + 1
         return [n for n in layers if third_of(n, total) in self.settings.thirds]
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
-        self._check_heads(query_heads(model), getattr(text_config(model), "num_hidden_layers", None))
-
-    def _check_heads(self, heads: int | None, layers: int | None) -> None:
-        s = self.settings
+        s, heads = self.settings, query_heads(model)
         if heads is None:
             return
         if max(s.heads or [0]) >= heads:
             raise ConfigError(
                 f"zerotuning: there is no head {max(s.heads or [0])}; the model has {heads} query heads."
             )
-        given = None if s.gammas is None else len(s.gammas)
-        if self.gamma is not None:
-            given = self.gamma.shape[-1]
-            if self.gamma.dim() == 2 and layers not in (None, self.gamma.shape[0]):
-                raise ConfigError(f"zerotuning: gamma is for {self.gamma.shape[0]} layers; the model has {layers}.")
-        if given not in (None, heads):
-            raise ConfigError(f"zerotuning: there are factors for {given} heads; the model has {heads} query heads.")
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {} if self.gamma is None else {"gamma": self.gamma}
+        if s.gammas is not None and len(s.gammas) != heads:
+            raise ConfigError(
+                f"zerotuning: there are factors for {len(s.gammas)} heads; the model has {heads} query heads."
+            )
 
     def regroup(self, call: AttentionCall) -> list[Columns]:
         if call.layer not in self._masses and call.phase == "prefill" and call.Lq >= ENOUGH_TOKENS:
-            self._masses[call.layer] = initial_weight(call).mean()
+            with torch.no_grad():
+                self._masses[call.layer] = initial_weight(call).mean()
         key = (call.layer if self._by_layer else None, call.q.device)
         if key not in self._columns:
-            factor = self._head_factors(call.layer, call.Hq)
+            with torch.inference_mode(False):  # a later call may be one of training
+                factor = self._head_factors(call.layer, call.Hq).to(call.q.device)
             changes = bool((factor != 1).any())
-            self._columns[key] = [Columns(slice(0, 1), factor.to(call.q.device), positive=True)] if changes else []
+            self._columns[key] = [Columns(slice(0, 1), factor, positive=True)] if changes else []
         return self._columns[key]
 
     def _head_factors(self, layer: int, heads: int) -> Tensor:

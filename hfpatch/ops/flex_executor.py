@@ -94,6 +94,8 @@ def block_mask(p: Problem) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     at, sel, rule = p.at, p.selection, _causal(p)
+    if isinstance(sel, BlockMap):
+        sel = sel.fitted(at)
     low = torch.zeros((), dtype=torch.long, device=p.q.device)
     if not isinstance(sel, BlockMap):
         window = sel if isinstance(sel, SinkWindow) else SinkWindow(0, at.Lk)

@@ -53,6 +53,7 @@ def run(problem: Problem, out: Output, kernel: Kernel) -> None:
     sel, at = problem.selection, problem.at
     if not isinstance(sel, BlockMap):
         raise TypeError(f"expected a BlockMap, not {type(sel).__name__}")
+    sel = sel.fitted(at)
     if at.Lq == 1 and problem.bias is None:
         return torch_block_decode.run(problem, sel, out, kernel)
     heads = at.Hq if sel.indices.shape[1] == at.Hq else at.Hkv

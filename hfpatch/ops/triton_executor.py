@@ -2,7 +2,7 @@
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -87,6 +87,8 @@ def _launch(p: Problem, out: Output) -> None:
     """One kernel, or one per split and a merge."""
     from hfpatch.ops.triton_kernels import attend_kernel, merge_kernel
 
+    if isinstance(p.selection, BlockMap):
+        p = replace(p, selection=p.selection.fitted(p.at))
     at, d, dv = p.at, p.q.shape[-1], p.v.shape[-1]
     per_head = isinstance(p.selection, BlockMap) and p.selection.indices.shape[1] == at.Hq
     units = at.Hq if per_head else at.Hkv

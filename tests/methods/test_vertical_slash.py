@@ -65,7 +65,9 @@ def test_head_config_is_saved_with_the_patch(tmp_path):
 
 def test_head_config_must_fit(tmp_path):
     model = zoo.SUPPORTED["llama"].build()
-    with pytest.raises(ConfigError, match="2 layers of 8 heads"):
+    with pytest.raises(
+        ConfigError, match=r"per_head is int64 \[2, 8, 2\]; for this model it takes whole numbers \[3, 8, 2\]"
+    ):
         patched(model, "vertical_slash", head_config=head_file(tmp_path / "a.json", layers=2)).__enter__()
     with pytest.raises(ConfigError, match="only vertical_and_slash"):
         make_method("vertical_slash", head_config=head_file(tmp_path / "b.json", kind="block_sparse"))

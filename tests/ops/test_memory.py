@@ -3,28 +3,12 @@
 import pytest
 import torch
 from helpers import inputs, layout_of, random_map
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest import Largest
 
 from hfpatch.ops import attend
 from hfpatch.selection import Both, Causal, Predicate, SinkWindow
 
 L = 1500
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest number of elements any operator returned in memory of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return result
 
 
 SELECTIONS = {
