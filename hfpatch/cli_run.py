@@ -60,7 +60,7 @@ def execute_and_show(made: "Run", folder: Path, *, fresh: bool, words: bool = Tr
 
     print_results(results, console, words=words)
     files = [folder / "results.json", folder / "samples.jsonl", *write_report(results, folder)]
-    console.print(f"written to {folder}: {', '.join(f.name for f in files)}", markup=False)
+    console.print(f"written to {folder}: {', '.join(f.name for f in files)}")
     return results
 
 
@@ -83,7 +83,7 @@ def _show_estimate(made: "Run") -> None:
     console.print(table)
     console.print("estimated from two short prompts, as if every variant were as slow as dense", style="dim")
     for note in made.notes:
-        console.print(note, markup=False)
+        console.print(note)
 
 
 def recipes() -> None:
