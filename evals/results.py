@@ -1,6 +1,5 @@
 """Files of a run: results.json with where and how it was made, and the journal of finished cells."""
 
-import json
 import os
 import platform
 import subprocess
@@ -13,6 +12,9 @@ import torch
 
 import hfpatch
 from hfpatch.json_text import load_json
+from hfpatch.output import write_bytes
+from hfpatch.output import write_json as write_json
+from hfpatch.output import write_text as write_text
 
 from .errors import EvaluationError
 from .journal import JOURNAL as JOURNAL
@@ -76,27 +78,6 @@ def environment(device: str | None = None) -> dict[str, Any]:
 def load_average() -> float | None:
     """Processes waiting for a CPU, averaged over a minute; None where the system does not say."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(data)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, atomically; what UTF-8 cannot hold is escaped."""
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

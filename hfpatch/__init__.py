@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .public import *
+    from .public import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,8 @@ def launched() -> Launch:
     found = Launch(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0))
     if found.rank >= found.world:
         raise ConfigError(
-            f"The environment says RANK={found.rank} of WORLD_SIZE={found.world}, counted from 0; unset both, or start "
-            "with accelerate launch or torchrun."
+            f"The environment says RANK={found.rank} of WORLD_SIZE={found.world}, counted from 0; unset both, or "
+            "start with accelerate launch or torchrun."
         )
     return found
 

@@ -1,9 +1,12 @@
-"""Folders that commands write to: tried before the work begins, left as they were when it is refused."""
+"""Folders that commands write to, tried before the work begins and left as they were when refused; whole files."""
 
+import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError
 from .file_lock import FileLock
@@ -66,3 +69,24 @@ def _remove(made: Sequence[Path]) -> None:
             path.rmdir()
         except OSError:
             return
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(data)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, atomically; what UTF-8 cannot hold is escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
