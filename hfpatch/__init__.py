@@ -1,14 +1,15 @@
 """hfpatch: inference-time attention patching for Transformers models, exactly reversible."""
 
-from typing import TYPE_CHECKING, Any
-
 from .version import __version__ as __version__
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .public import *  # noqa: F403
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Names of `hfpatch.public`, and our modules. They bring torch along, so that the command can begin without."""
     from importlib import import_module
     from importlib.util import find_spec

@@ -100,8 +100,9 @@ def show_layer(
     if text is None:
         ids = text_ids(loaded, length)
     else:
-        ids = loaded.tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :length]
-        ids = ids.to(loaded.device)
+        ids = loaded.tokenizer(_read_text(text), return_tensors="pt")["input_ids"][:, :length].to(loaded.device)
+        if ids.shape[1] < 2:
+            raise ConfigError(f"{text} holds {ids.shape[1]} tokens; nothing can be drawn of them.")
     check_length(loaded, ids.shape[1])
     if layer is None:
         plan = plan_patch(loaded.model, _methods(variant))
@@ -115,3 +116,11 @@ def show_layer(
         f"{variant.name}, layer {layer}: {seen.density:.1%} of the keys dense causal attention sees over "
         f"{seen.length:,} tokens{chunks}; written to {file}"
     )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"The text {str(path)!r:.200} cannot be read ({reason}).") from error

@@ -40,21 +40,21 @@ def quiet_end() -> Iterator[None]:
             _end_now(came[0])
         before(what)
 
-    with _watched():
-        sys.unraisablehook = unraisable
+    try:
         for number in mine:
             signal.signal(number, end)
-        try:
+        sys.unraisablehook = unraisable
+        with _watched():
             yield
-        except BaseException:
-            if not came:
-                raise
-        finally:
-            for number in mine:
-                signal.signal(number, signal.SIG_IGN if came else ENDS[number])
-            sys.unraisablehook = before
-            atexit.unregister(_quiet_from_now_on)
-            atexit.register(_quiet_from_now_on)
+    except BaseException:
+        if not came:
+            raise
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_IGN if came else ENDS[number])
+        sys.unraisablehook = before
+        atexit.unregister(_quiet_from_now_on)
+        atexit.register(_quiet_from_now_on)
     if came:
         raise SystemExit(128 + came[0])
 

@@ -75,6 +75,8 @@ def flux(
             drawn = built_in_examples(loaded.tokenizer, examples + checks, length, seed)
         else:
             drawn = list(read_examples(data, loaded.tokenizer, length))
+        if not drawn:
+            raise ConfigError(f"{data} holds no examples; every line needs prompt, answer and kind.")
         if router == "learned":
             keep = min(checks, len(drawn) // 2)
             trainer = Trainer(loaded.model, learned, drawn[keep:], recipe, out, drawn[:keep])
