@@ -71,6 +71,10 @@ class PlainYaml:
     def _wrong(self, node: yaml.Node, problem: str) -> FileError:
         return FileError(f"{self.file}:{self._line(node.start_mark.index)}: {problem}")
 
+    def _at(self, where: Where, problem: str) -> FileError:
+        """An error at a place of the data, as an alias does not stand where its node does."""
+        return FileError(f"{self.file}:{self.lines.get(where, 1)}: {problem}")
+
     def _line(self, index: int) -> int:
         return bisect_left(self._ends, index) + 1
 
@@ -78,15 +82,15 @@ class PlainYaml:
         self.lines.setdefault(where, self._line(node.start_mark.index))
         self._values += 1
         if self._values > MOST_VALUES:
-            raise self._error(node.start_mark.index, f"{TOO_MANY}, those of aliases counted")
+            raise self._at(where[:1], f"{TOO_MANY}, those of aliases counted.")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(loader, node)
         if node.tag not in COLLECTIONS:
             raise self._wrong(node, f"this is not valid YAML here: the tag {node.tag!r:.80}.")
         if id(node) in above:
-            raise self._wrong(node, "this refers to itself.")
+            raise self._at(where, "this refers to itself.")
         if len(where) >= DEEPEST:
-            raise self._wrong(node, f"this is nested too deeply; {DEEPEST} levels are the most.")
+            raise self._at(where[:1], f"this is nested too deeply; {DEEPEST} levels are the most.")
         above.add(id(node))
         made = self._mapping(loader, node, where, above) if isinstance(node, yaml.MappingNode) else [
             self._build(loader, item, (*where, n), above) for n, item in enumerate(node.value)

@@ -31,10 +31,14 @@ def first_problem(schema: str, data: Any, part: str = "") -> str | None:
 
 
 @cache
+def _schema(name: str) -> Any:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
 def _validator(name: str, part: str) -> "Validator":
     from jsonschema import Draft202012Validator, validators
 
-    schema = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    schema = _schema(name)
     if part:
         schema = {"$defs": schema["$defs"], "$ref": f"#/$defs/{part}"}
     types = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": _is_whole, "number": _is_number})

@@ -43,10 +43,7 @@ def own_folder(folder: str | Path, files: Sequence[str] = ()) -> Iterator[None]:
 
 def _missing(folder: Path) -> list[Path]:
     """The folders that would have to be made, innermost first."""
-    try:
-        return [p for p in (folder, *folder.parents) if not p.exists()]
-    except (OSError, ValueError):  # no name a file could have; `_try` says so
-        return []
+    return [path for path in (folder, *folder.parents) if not os.path.exists(path)]
 
 
 def _try(folder: Path, files: Sequence[str]) -> None:
@@ -65,10 +62,11 @@ def _try(folder: Path, files: Sequence[str]) -> None:
 
 def _remove(made: Sequence[Path]) -> None:
     for path in made:
-        try:
-            path.rmdir()
-        except OSError:
-            return
+        if os.path.isdir(path):
+            try:
+                path.rmdir()
+            except OSError:  # no longer empty
+                return
 
 
 def write_bytes(path: Path, data: bytes) -> None:

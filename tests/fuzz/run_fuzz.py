@@ -93,7 +93,7 @@ def data_of(job: Any, cell: Any) -> dict[str, Any]:
     }  # fmt: skip
     point = {"score": 0.5, "samples": 1, "kept": None, "chunks": None, "seconds": 0.5, "busy_seconds": 0.5, "peak": 9}
     return {
-        "niah": {"grid": [{"depth": d / 100, "score": 1.0, "samples": 1} for d in (0, 100)], "tokens": 60.5, **ATTENDED},
+        "niah": {"grid": [{"depth": d, "score": 1.0, "samples": 1} for d in (0.0, 1.0)], "tokens": 60.5, **ATTENDED},
         "reader": {"grid": [{"depth": 0.5, **point}], "reads_in_chunks": False, "question_in_sparse_part": False},
         "task": {"score": 0.5, "samples": 2, "seconds": 0.5, **ATTENDED},
         "perplexity": {
@@ -118,7 +118,7 @@ NASTY: list[Any] = [
     *([1, 1], ["dense"], json.loads("[" * 70 + "]" * 70), {"methods": [{"method": "x"}]}, {"method": 5}),
 ]
 BITS = [
-    *(b"\n", b"\n\n", b"\r", b"\t", b" ", b"\0", b"\0\0\0\0\n", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc2\x85"),
+    *(b"\n", b"\n\n", b"\r", b"\t", b" ", b"\0", b"\0\0\0\n", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc2\x85"),
     *(b"[", b"]", b"{", b"}", b",", b":", b": ", b"- ", b"? ", b'"', b"'", b"#", b"|", b">", b"%YAML 9.9\n", b"---\n"),
     *(b"&a ", b"*a", b"&a [*a]", b"<<: *a\n", b"<<: 5\n", b"!!int ", b"!!float ", b"!!bool ", b"!!binary ", b"!!set "),
     *(b"!!python/object/apply:os.getcwd []", b"!!timestamp ", b"!!null ", b"! ", b"0x_", b"1:1:1", b".inf", b".nan"),
