@@ -32,11 +32,12 @@ def impossible(tmp_path: Path) -> dict[str, Path]:
     return {
         "a file": tmp_path / "file", "in a file": tmp_path / "file" / "a" / "b",
         "long": tmp_path / "new" / ("x" * 300) / "y",
-        "of the system": Path("/proc/x/y"), "zero": tmp_path / "new" / "a\0b", "names taken": tmp_path / "taken",
+        "of the system": Path("/proc/x/y"), "there but closed": Path("/proc"),
+        "zero": tmp_path / "new" / "a\0b", "names taken": tmp_path / "taken",
     }  # fmt: skip
 
 
-KINDS = ["a file", "in a file", "long", "of the system", "zero", "names taken"]
+KINDS = ["a file", "in a file", "long", "of the system", "there but closed", "zero", "names taken"]
 COMMANDS = {
     "niah": ["niah", "F"], "bench": ["bench", "F"], "run": ["run", "dhsa"], "demo": ["demo"],
     "inspect": ["inspect", "F", "-p", "dhsa"], "act": ["calibrate", "act", "F"], "dhsa": ["calibrate", "dhsa", "F"],

@@ -82,6 +82,8 @@ def test_a_damaged_journal_is_one_sentence_and_left_alone(name: str, tmp_path: P
     told = str(raised.value)
     assert told.startswith(f"{tmp_path / 'cells.jsonl'}:{line}: ") and "\n" not in told and len(told) < 500
     assert (tmp_path / "cells.jsonl").read_bytes() == raw
+    clear(tmp_path)
+    assert not journal(tmp_path).open().done
 
 
 TORN = {
