@@ -53,7 +53,11 @@ class Journal:
             raise EvaluationError(
                 f"{self.path.parent} is in use by another run; wait until it ends, or choose another --out."
             )
-        return self._read(mend=True)
+        try:
+            return self._read(mend=True)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self) -> "Journal":
         """As `open`, of a journal that another process keeps: nothing is written."""

@@ -33,7 +33,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r:.200} cannot be read ({getattr(error, 'strerror', error)}).") from error
+        raise ConfigError(
+            f"{str(path)!r:.200} cannot be read as JSON lines ({getattr(error, 'strerror', error)})."
+        ) from error
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
             continue
