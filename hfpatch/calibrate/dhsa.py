@@ -248,9 +248,11 @@ class _Run:
 
     def save(self, step: int, samples: int) -> None:
         """Write what a resumed run needs."""
-        state = (step, samples, vars(self.recipe), self.layers, self.predictor, self._optimizer)
-        values = (v.state_dict() if hasattr(v, "state_dict") else v for v in state)
-        save_state(self.out, dict(zip(STATE, values, strict=True)))
+        data = {
+            "step": step, "samples": samples, "recipe": vars(self.recipe), "layers": self.layers,
+            "predictor": self.predictor.state_dict(), "optimizer": self._optimizer.state_dict(),
+        }  # fmt: skip
+        save_state(self.out, data)
 
     def load(self, samples: int) -> int:
         """Steps done by an interrupted run in this folder; 0 if there is none. Raises ConfigError if it differs."""
