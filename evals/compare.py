@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .stats import memory_text, time_text, tokens
@@ -79,7 +79,9 @@ def differences(a: Row, b: Row) -> list[str]:
 def print_comparison(a: Row, b: Row, names: tuple[str, str], console: Console, *, everything: bool = False) -> None:
     """A table of what both runs measured, then what only one did and how the runs were made differently."""
     first, second = values(a), values(b)
-    table = Table("measure", "variant", "prompt", names[0], names[1], "change", header_style="bold")
+    table = Table(
+        "measure", "variant", "prompt", *(Column(Text(name)) for name in names), "change", header_style="bold"
+    )
     same = 0
     for key in first:
         if key not in second:
@@ -89,7 +91,7 @@ def print_comparison(a: Row, b: Row, names: tuple[str, str], console: Console, *
             continue
         what, variant, at = key
         x, y = first[key], second[key]
-        table.add_row(Text(what), Text(variant), at, _shown(what, x), _shown(what, y), _change(what, x, y))
+        table.add_row(Text(what), Text(variant), Text(at), _shown(what, x), _shown(what, y), _change(what, x, y))
     if table.row_count:
         console.print(table)
     console.print(f"{same} numbers are the same in both." if same else f"{table.row_count} numbers are in both.")

@@ -7,6 +7,10 @@ class EvaluationError(HfpatchError):
     """An evaluation that cannot be run as asked."""
 
 
+class FileError(EvaluationError):
+    """A file that says something it should not; the message starts with file and line."""
+
+
 class ModelNotFoundError(EvaluationError):
     """MODEL is neither a folder, a Hub id nor `embedded`."""
 

@@ -61,6 +61,8 @@ class MemoryJob:
             data = _measure(session.loaded, variant, cell.length, self.decode_tokens, session.seed)
         else:
             data = _in_child(session, variant, cell.length, self.decode_tokens)
+        if variant.config is None and data["peak"] <= 0:
+            raise EvaluationError(f"At {cell.length} tokens too little memory is used to be measured; ask for more.")
         session.step()
         return CellResult({**data, "question_in_sparse_part": variant.question_in_sparse_part})
 
@@ -81,7 +83,7 @@ class PeakReader:
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").split("\n"):
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise EvaluationError(f"/proc/self/status has no {field}; memory cannot be measured on this system.")
@@ -165,9 +167,9 @@ def _in_child(session: Session, variant: Variant, length: int, decode_tokens: in
             env={**GIVE_BACK, **os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         )  # fmt: skip
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = done.stderr.strip().split("\n")[-1] or f"exit code {done.returncode}"
         raise EvaluationError(f"Memory of {variant.name} at {length} tokens could not be measured: {reason}")
-    measured: Data = json.loads(done.stdout.splitlines()[-1])
+    measured: Data = json.loads(done.stdout.strip().split("\n")[-1])
     return measured
 
 

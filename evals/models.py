@@ -53,6 +53,10 @@ def pick_device(device: str | None) -> str:
         raise ConfigError(f"There is no device {device!r}; write cpu, cuda or cuda:0.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device here; use --device cpu.")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # each kind of device has its own way of not being there; 'meta' holds no numbers
+        raise ConfigError(f"device {device!r} cannot be used on this machine; write cpu, cuda or cuda:0.") from error
     return device
 
 

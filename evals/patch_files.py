@@ -1,5 +1,6 @@
 """Saved patch configs, with the line of what is wrong in them."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from .located import Located, Where, read
 def read_patch(name_or_path: str) -> PatchConfig:
     """A patch config from a folder, a JSON file or the Hub. Raises FileError with file and line for local files."""
     path = Path(name_or_path)
-    file = path / CONFIG_FILE if path.is_dir() else path
-    if file.is_file():
+    file = path / CONFIG_FILE if os.path.isdir(path) else path
+    if os.path.isfile(file):
         check_patch(read(file))
     return PatchConfig.from_pretrained(name_or_path)
 

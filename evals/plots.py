@@ -143,7 +143,7 @@ def _speed_bars(rows: Sequence[Row], path: Path, title: str) -> Path:
         for axis, key, what in zip(axes, ("ttft", "tpot"), ("to the first token", "per further token"), strict=True):
             axis.axvline(1, color="black", linewidth=1, zorder=0.9)
             bars([(r["variant"], r[f"{key}_speedup"]) for r in own], axis, ".2f")
-            axis.set_xlim(0, 1.15 * max(1.0, *(r[f"{key}_speedup"] for r in own)))
+            axis.set_xlim(0, 1.15 * max([1.0, *(r[f"{key}_speedup"] for r in own)]))
             axis.set_title(what, fontsize=10)
         figure.supxlabel("speed relative to dense (above 1: faster)", fontsize=10)
         figure.suptitle(f"{title}, prompts of {tokens(longest)} tokens")

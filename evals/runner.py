@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hfpatch.output import writable
+
 from .bench import break_evens
 from .cells import Cell, Data, Job, Session
+from .errors import EvaluationError
 from .results import JOURNAL, RESULTS, SAMPLES, Journal, environment, write_json, write_jsonl
-from .shards import Shard, merge_journals
+from .resume import check_done
+from .shards import Shard, merge_journals, shard_journals
 from .variants import Variant
 
 TIMED = ("latency", "memory")
@@ -58,16 +62,30 @@ def _no_progress(title: str, total: int) -> AbstractContextManager[Callable[[], 
 def execute(run: Run, out: Path, *, fresh: bool = False, progress: Progress = _no_progress) -> Data | None:
     """Run what is not yet in the folder's journal, write results.json and samples.jsonl, return the results.
 
-    Started several times by `accelerate launch`, the processes share the cells; all but the first return None.
+    Started several times by `accelerate launch`, the processes share the cells; all but the first return None. Raises
+    ConfigError when the folder cannot be written, EvaluationError when it is in use or holds something else.
     """
     shard = Shard.from_environment()
-    main = Journal(out / JOURNAL, run.arguments())
+    for job in run.jobs:
+        if not job.cells(run.variants):
+            raise EvaluationError(f"There is nothing to do for {job.label!r}; it has no length for any variant.")
+    with writable(out, (JOURNAL, RESULTS, SAMPLES)):
+        main = Journal(out / JOURNAL, run.arguments())
+        try:
+            return _execute(run, out, shard, main, fresh, progress)
+        finally:
+            main.close()
+
+
+def _execute(run: Run, out: Path, shard: Shard, main: Journal, fresh: bool, progress: Progress) -> Data | None:
     if shard.rank == 0:
         if fresh:
             clear(out)
         merge_journals(main.open())
     shard.barrier()
-    main.open()
+    if shard.rank:
+        main.read()
+    check_done(main, run.cells())
     todo = [(job, cell) for job, cell in run.cells() if cell.key not in main.done]
     alone = [pair for pair in todo if shard.world == 1 or pair[0].kind in TIMED]
     shared = [pair for pair in todo if pair not in alone]
@@ -75,6 +93,7 @@ def execute(run: Run, out: Path, *, fresh: bool = False, progress: Progress = _n
     if shard.world > 1:
         journal = shard.journal(out, run.arguments()).open()
         _work(run, shared[shard.rank :: shard.world], session, journal, progress)
+        journal.close()  # for the first process to take over
         shard.barrier()
     if shard.rank == 0:
         merge_journals(main)
@@ -84,9 +103,9 @@ def execute(run: Run, out: Path, *, fresh: bool = False, progress: Progress = _n
 
 
 def clear(out: Path) -> None:
-    """Forget the cells of an earlier run."""
-    for path in [out / JOURNAL, *out.glob("cells.*.jsonl")]:
-        path.unlink(missing_ok=True)
+    """Forget the cells of an earlier run. Raises EvaluationError when one is going on."""
+    for path in [out / JOURNAL, *shard_journals(out)]:
+        Journal(path, {}).remove()
 
 
 def _work(run: Run, cells: Sequence[tuple[Job, Cell]], session: Session, journal: Journal, progress: Progress) -> None:

@@ -1,12 +1,15 @@
 """Several processes working on one run, as `accelerate launch` starts them."""
 
-import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .results import JOURNAL, Journal
+from hfpatch.launch import launched, meet
+
+from .errors import EvaluationError
+from .journal import JOURNAL, Journal
 
 WAIT = timedelta(days=2)
 
@@ -20,8 +23,9 @@ class Shard:
 
     @classmethod
     def from_environment(cls) -> "Shard":
-        """As set by accelerate or torchrun; one process otherwise."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        """As set by accelerate or torchrun; one process otherwise. Raises ConfigError."""
+        found = launched()
+        return cls(found.rank, found.world)
 
     @property
     def device(self) -> str | None:
@@ -30,17 +34,19 @@ class Shard:
 
         if self.world == 1 or not torch.cuda.is_available():
             return None
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+        return f"cuda:{launched().local % torch.cuda.device_count()}"
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes are here. Raises ConfigError, EvaluationError when one of them has ended."""
         if self.world == 1:
             return
         import torch.distributed as dist
 
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=WAIT)
-        dist.barrier()
+        meet(WAIT)
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise EvaluationError("Another process of this launch has ended; see what it said.") from error
 
     def leave(self) -> None:
         """Tell the others that this process is about to end."""
@@ -55,11 +61,16 @@ class Shard:
         return Journal(out / name, run)
 
 
+def shard_journals(out: Path) -> list[Path]:
+    """Journals that the processes of a launch have left."""
+    return sorted(p for p in out.glob("cells.*.jsonl") if re.fullmatch(r"cells\.[0-9]+\.jsonl", p.name))
+
+
 def merge_journals(main: Journal) -> None:
     """Take over what the journals of several processes hold, and remove them."""
-    for path in sorted(main.path.parent.glob("cells.*.jsonl")):
+    for path in shard_journals(main.path.parent):
         part = Journal(path, main.run).open()
         for key, line in part.done.items():
             if key not in main.done:
                 main.add(key, {k: v for k, v in line.items() if k != "cell"})
-        path.unlink()
+        part.remove()

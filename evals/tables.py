@@ -113,7 +113,7 @@ def lm_eval_table(job: Row) -> RenderableType:
     """lm-eval's scores."""
     table = _table(job["label"], "task", "variant", "score", "metric", "samples")
     for r in job["rows"]:
-        table.add_row(r["task"], Text(r["variant"]), f"{r['score']:.4f}", r["metric"], str(r["samples"]))
+        table.add_row(Text(r["task"]), Text(r["variant"]), f"{r['score']:.4f}", Text(r["metric"]), str(r["samples"]))
     return table
 
 

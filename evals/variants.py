@@ -1,7 +1,6 @@
 """Patch specs as users write them -> named variants; the unpatched model always comes first."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import nn
 from hfpatch import MethodConfig, PatchConfig, get_method, list_methods, patched
 from hfpatch.api import Patch
 from hfpatch.errors import ConfigError
+from hfpatch.json_text import load_json
 from hfpatch.patch_config import CONFIG_FILE
 from hfpatch.registry import list_presets, make_config
 
@@ -65,7 +65,7 @@ class Variant:
 def parse_value(text: str) -> Any:
     """A setting's value from the command line: JSON where it is JSON, else the text itself."""
     try:
-        return json.loads(text)
+        return load_json(text)
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
@@ -75,9 +75,9 @@ def parse_settings(pairs: Sequence[str], patch_args: str | None = None) -> dict[
     settings: dict[str, Any] = {}
     if patch_args:
         try:
-            settings = json.loads(patch_args)
+            settings = load_json(patch_args)
         except ValueError as error:
-            raise ConfigError(f"--patch-args {patch_args!r} is not valid JSON: {error}.") from error
+            raise ConfigError(f"--patch-args {patch_args!r:.200} is not valid JSON: {error}.") from error
         if not isinstance(settings, dict):
             raise ConfigError("--patch-args takes a JSON object such as '{\"window\": 512}'.")
     for pair in pairs:

@@ -24,15 +24,14 @@ def show_check(name: str, model: Any, variants: Sequence[Variant]) -> None:
     kinds = Counter(layer.kind for layer in found.layers)
     console.print(
         f"{type(model).__name__}: {len(found.layers)} of {found.num_layers} decoder layers have softmax attention "
-        f"({', '.join(f'{n} {kind}' for kind, n in kinds.items())})",
-        markup=False,
+        f"({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
     )
     if variants:
         _layer_table(model, found, variants)
     else:
         _method_table(model)
     for module, why in found.skipped:
-        console.print(f"left alone: {module} ({why})", style="dim", markup=False)
+        console.print(f"left alone: {module} ({why})", style="dim")
     refusals = [sentence for v in variants if (sentence := _refusal(name, model, v))]
     if refusals:
         raise HfpatchError(" ".join(refusals))
@@ -53,7 +52,7 @@ def _layer_table(model: Any, found: Survey, variants: Sequence[Variant]) -> None
     console.print(table)
     for plan, variant in zip(plans, variants, strict=True):
         hit = sum(_is_patched(what, variant) for _, what in plan)
-        console.print(f"{variant.name}: patches {hit} of {found.num_layers} layers", markup=False)
+        console.print(f"{variant.name}: patches {hit} of {found.num_layers} layers")
 
 
 def _is_patched(what: str, variant: Variant) -> bool:
@@ -101,8 +100,9 @@ def show_layer(
     if text is None:
         ids = text_ids(loaded, length)
     else:
-        ids = loaded.tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :length]
-        ids = ids.to(loaded.device)
+        ids = loaded.tokenizer(_read_text(text), return_tensors="pt")["input_ids"][:, :length].to(loaded.device)
+        if ids.shape[1] < 2:
+            raise ConfigError(f"{text} holds {ids.shape[1]} tokens; nothing can be drawn of them.")
     check_length(loaded, ids.shape[1])
     if layer is None:
         plan = plan_patch(loaded.model, _methods(variant))
@@ -114,6 +114,13 @@ def show_layer(
     )
     console.print(
         f"{variant.name}, layer {layer}: {seen.density:.1%} of the keys dense causal attention sees over "
-        f"{seen.length:,} tokens{chunks}; written to {file}",
-        markup=False,
+        f"{seen.length:,} tokens{chunks}; written to {file}"
     )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"The text {str(path)!r:.200} cannot be read ({reason}).") from error

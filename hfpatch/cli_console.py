@@ -7,9 +7,16 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-RANK = int(os.environ.get("RANK", "0"))
-console = Console(quiet=RANK != 0, highlight=False)
-errors = Console(stderr=True, highlight=False)
+LONGEST = 1000
+FIRST = os.environ.get("RANK", "").strip() in ("", "0", "-1")  # what is no number is refused by `launched`
+console = Console(quiet=not FIRST, highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def one_line(sentence: str) -> str:
+    """The sentence on one line of printable characters, shortened in the middle where it is endless."""
+    told = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sentence.split()))
+    return told if len(told) <= LONGEST else f"{told[: LONGEST // 2]} ... {told[-LONGEST // 2 :]}"
 
 
 @contextmanager
@@ -19,7 +26,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=errors, transient=True, disable=RANK != 0 or not errors.is_terminal) as bar:
+    with Progress(*columns, console=errors, transient=True, disable=not FIRST or not errors.is_terminal) as bar:
         task = bar.add_task(title, total=total or None)
         yield lambda: bar.advance(task)
 

@@ -7,6 +7,8 @@ import typer
 
 from .cli_console import console, quieten
 from .cli_options import (
+    LONGEST,
+    MANY,
     Device,
     Dtype,
     Lengths,
@@ -16,11 +18,13 @@ from .cli_options import (
     Patches,
     Seed,
     Settings,
+    number,
     numbers,
-    positive,
+    one_number,
 )
 from .cli_run import execute_and_show
 from .errors import ConfigError
+from .output import writable
 
 if TYPE_CHECKING:
     from .evals.variants import Variant
@@ -43,8 +47,8 @@ def inspect(
     patch: Patches = None,
     set: Settings = None,
     patch_args: PatchArgs = None,
-    layer: Annotated[int | None, typer.Option(help="Decoder layer; the first patched one by default.")] = None,
-    head: Annotated[int, typer.Option(help="Query head (or key-value group) to draw, from 0.")] = 0,
+    layer: Annotated[int | None, number("Decoder layer; the first patched one by default.", 0, MANY)] = None,
+    head: Annotated[int, number("Query head (or key-value group) to draw, from 0.", 0, MANY)] = 0,
     length: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "2k",
     text: Annotated[Path | None, typer.Option(help="A text file instead of the shipped prose.")] = None,
     dtype: Dtype = "auto",
@@ -56,11 +60,12 @@ def inspect(
     from .cli_check import show_layer
     from .evals.models import load_model
 
-    (size,) = numbers(length, "length", low=16)[:1]
+    size = one_number(length, "length", low=16)
     variants = _variants(patch, set, patch_args)[1:]
     if len(variants) != 1:
         raise ConfigError("Name one patch to look at: --patch dhsa.")
-    show_layer(load_model(model, dtype, device), variants[0], layer, head, size, text, out)
+    with writable(out):
+        show_layer(load_model(model, dtype, device), variants[0], layer, head, size, text, out)
 
 
 def niah(
@@ -70,9 +75,9 @@ def niah(
     patch_args: PatchArgs = None,
     lengths: Lengths = "512,1024,2048",
     depths: Annotated[str, typer.Option(help="Needle depths in percent of the haystack.")] = "0,25,50,75,100",
-    samples: Annotated[int, typer.Option(help="Samples per length and depth.")] = 4,
+    samples: Annotated[int, number("Samples per length and depth.", 1, MANY)] = 4,
     haystack: Annotated[str, typer.Option(help="grammar, prose, or the path of a text file.")] = "grammar",
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch; masks take memory by its length squared.")] = 4,
+    batch_size: Annotated[int, number("Prompts per batch; masks take memory by its length squared.", 1, MANY)] = 4,
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,
@@ -83,9 +88,8 @@ def niah(
     from .evals.runner import Run
 
     job = NiahJob(
-        numbers(lengths, "lengths", low=32), numbers(depths, "depths", low=0, high=100), positive(samples, "samples"),
-        haystack, positive(batch_size, "batch-size"),
-    )  # fmt: skip
+        numbers(lengths, "lengths", low=32), numbers(depths, "depths", low=0, high=100), samples, haystack, batch_size
+    )
     execute_and_show(
         Run("niah", model, _variants(patch, set, patch_args), [job], dtype, device, seed), out, fresh=True
     )
@@ -97,8 +101,8 @@ def bench(
     set: Settings = None,
     patch_args: PatchArgs = None,
     lengths: Lengths = "1k,4k,16k",
-    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each variant, interleaved.")] = 4,
+    decode_tokens: Annotated[int, number("Tokens decoded after each prompt.", 1, LONGEST)] = 32,
+    repeats: Annotated[int, number("Timed runs of each variant, interleaved.", 1, MANY)] = 4,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in child processes on a CPU.")] = True,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -110,8 +114,8 @@ def bench(
     from .evals.memory import MemoryJob
     from .evals.runner import Run
 
-    sizes, decoded = numbers(lengths, "lengths", low=16), positive(decode_tokens, "decode-tokens")
-    latency = LatencyJob(sizes, decoded, positive(repeats, "repeats"))
+    sizes = numbers(lengths, "lengths", low=16)
+    latency = LatencyJob(sizes, decode_tokens, repeats)
     jobs = [latency, MemoryJob(sizes)] if memory else [latency]
     execute_and_show(
         Run("bench", model, _variants(patch, set, patch_args), jobs, dtype, device, seed), out, fresh=True

@@ -49,18 +49,17 @@ def run(
 
 def execute_and_show(made: "Run", folder: Path, *, fresh: bool, words: bool = True) -> dict[str, Any] | None:
     """Run, print the tables, write plots and page; None on all but the first process."""
+    from .evals.report import write_report  # all that may be missing is missed before the work
     from .evals.runner import execute
+    from .evals.tables import print_results
 
     quieten()
     results = execute(made, folder, fresh=fresh, progress=progress)
     if results is None:
         return None
-    from .evals.report import write_report
-    from .evals.tables import print_results
-
     print_results(results, console, words=words)
     files = [folder / "results.json", folder / "samples.jsonl", *write_report(results, folder)]
-    console.print(f"written to {folder}: {', '.join(f.name for f in files)}", markup=False)
+    console.print(f"written to {folder}: {', '.join(f.name for f in files)}")
     return results
 
 
@@ -83,7 +82,7 @@ def _show_estimate(made: "Run") -> None:
     console.print(table)
     console.print("estimated from two short prompts, as if every variant were as slow as dense", style="dim")
     for note in made.notes:
-        console.print(note, markup=False)
+        console.print(note)
 
 
 def recipes() -> None:

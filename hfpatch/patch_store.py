@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .errors import ConfigError, SaveError, reason
-from .json_file import read_json
+from .json_text import read_json
 from .values import shown_path
 
 CONFIG_FILE = "hfpatch_config.json"

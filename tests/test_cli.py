@@ -71,7 +71,7 @@ def test_niah_writes_results_samples_and_plot(run, folder, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     results = json.loads((out / "results.json").read_text())
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().split("\n")[:-1]]
     assert len(samples) == 2 * 2 * 2 * 2 and len(results["jobs"][0]["rows"]) == 8
     assert results["environment"]["versions"]["transformers"] and results["model"]["class"] == "LlamaForCausalLM"
     assert (out / "niah.png").read_bytes().startswith(b"\x89PNG")
@@ -104,6 +104,12 @@ def test_inspect_draws_one_layer_and_says_what_it_saw(run, folder, tmp_path):
     assert code == 2 and "no head 9" in err
     code, _, err = run(*words)
     assert code == 2 and "Name one patch" in err
+
+
+@pytest.mark.parametrize("words", [[], ["calibrate"], ["--help"], ["niah", "--help"]])
+def test_help_is_shown(run, words):
+    code, out, err = run(*words)
+    assert code in (0, 2) and "Usage" in out + err and "hfpatch: " not in err
 
 
 BAD = {

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 before = set(sys.modules)
 start = time.perf_counter(), time.process_time()
 import hfpatch
+names = [getattr(hfpatch, name) for name in hfpatch.__all__]
 seconds = min(time.perf_counter() - start[0], time.process_time() - start[1])
 print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before)}))
 """
@@ -39,6 +40,15 @@ def test_import_pulls_in_nothing_heavy() -> None:
     new = {name.split(".")[0] for name in probe(0)["new"]}
     assert not new & set(HEAVY)
     assert not [n for n in probe(0)["new"] if n.startswith(("hfpatch.evals", "hfpatch.integrations", "hfpatch.cli"))]
+
+
+def test_names_are_loaded_when_asked_for() -> None:
+    code = (
+        "import sys, hfpatch; print('torch' in sys.modules, hfpatch.__version__ > '0'); hfpatch.patch_model; "
+        "print('torch' in sys.modules, hfpatch.registry.__name__, 'Patch' in dir(hfpatch), hasattr(hfpatch, 'no'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\nTrue hfpatch.registry True False\n"
 
 
 def test_import_is_fast() -> None:

@@ -1,6 +1,5 @@
 """Finds the heads for `act` on a classification task: each is tried alone, those that help are kept."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,11 +12,12 @@ import typer
 from torch import Tensor, nn
 
 from ..api import patched, plan_patch
-from ..cli_options import Device, Dtype, Model
+from ..cli_options import LAST_SEED, Device, Dtype, Model, number
 from ..errors import ConfigError
 from ..methods._model import query_heads
 from ..methods.act import ACTConfig
-from ..patch_config import PatchConfig
+from ..output import own_folder, write_json
+from ..patch_config import CONFIG_FILE, PatchConfig
 from ..version import __version__
 from .classification import Answers, Example, Questions, Source, measures
 from .intervals import paired, wilson
@@ -49,7 +49,7 @@ class HeadSearch:
         out = Path(out)
         self.config().save_pretrained(out)
         versions = {"hfpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        (out / SWEEP_FILE).write_text(json.dumps({"versions": versions, **asdict(self)}, indent=1) + "\n")
+        write_json(out / SWEEP_FILE, {"versions": versions, **asdict(self)})
 
 
 def calibrate_act(
@@ -75,6 +75,7 @@ def calibrate_act(
     if s.heads is not None:
         raise ConfigError("act: heads is what the calibration looks for; leave it out.")
     questions, count = Questions(tokenizer, examples, batch), query_heads(model)
+    questions.check(model)
     if not questions.supervised:
         raise ConfigError("Every example needs an 'answer' that is one of its 'labels'.")
     if len(questions) < 8:
@@ -144,9 +145,9 @@ def act(
     shots: Shots = 6,
     renamed: Renamed = False,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to try; the paper leaves out 2--2.")] = None,
-    beta: Annotated[float, typer.Option(help="What a sink keeps of its attention.")] = 0.4,
+    beta: Annotated[float, number("What a sink keeps of its attention.", 0, 1)] = 0.4,
     rule: Annotated[str, typer.Option(help="What a head has to raise: accuracy or likelihood.")] = "accuracy",
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the random heads.")] = 0,
+    seed: Annotated[int, number("Seed of the split and of the random heads.", 0, LAST_SEED)] = 0,
     batch: Batch = 32,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -156,18 +157,19 @@ def act(
     from ..evals.models import load_model
 
     quieten()
-    loaded = load_model(model, dtype, device)
-    found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
     config = ACTConfig(beta=beta, layers=layers)
-    total = sum(what == "act" for _, what in plan_patch(loaded.model, [config])) * (query_heads(loaded.model) or 0) + 4
-    with progress("heads", total) as step:
-        result = calibrate_act(
-            loaded.model, loaded.tokenizer, found, config, rule=rule, seed=seed, batch=batch, advance=step
-        )
-    result.save(out)
+    with own_folder(out, (CONFIG_FILE, SWEEP_FILE)):
+        loaded = load_model(model, dtype, device)
+        found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
+        patched_layers = sum(what == "act" for _, what in plan_patch(loaded.model, [config]))
+        with progress("heads", patched_layers * (query_heads(loaded.model) or 0) + 4) as step:
+            result = calibrate_act(
+                loaded.model, loaded.tokenizer, found, config, rule=rule, seed=seed, batch=batch, advance=step
+            )
+        result.save(out)
     for line in summary(result):
-        console.print(line, markup=False)
-    console.print(f"written to {out}; use it with --patch {out}", markup=False)
+        console.print(line)
+    console.print(f"written to {out}; use it with --patch {out}")
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -1,6 +1,5 @@
 """Prompts with one right label each, and what a model answers to them in its next token."""
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..json_text import json_lines
 from ..prompt_ids import prompt_ids
 
 RENAMED = {"animal": "river", "plant": "lemon", "tool": "tiger", "place": "hammer"}
@@ -29,21 +29,27 @@ class Example:
 
 def read_examples(path: str | Path) -> list[Example]:
     """Examples from JSON lines with `prompt` and, for supervised use, `answer` and `labels`. Raises ConfigError."""
-    path = Path(path)
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON lines ({type(error).__name__}).") from error
-    return make_examples(rows, str(path))
+    return _examples([(f"{path}, line {n}", row) for n, row in json_lines(Path(path))], str(path))
 
 
 def make_examples(rows: Iterable[dict[str, Any]], where: str) -> list[Example]:
     """Examples from dicts; without `labels`, all answers of the data are the labels. Raises ConfigError."""
-    rows = list(rows)
-    if not rows or any(not isinstance(r.get("prompt"), str) for r in rows):
-        raise ConfigError(f"{where}: every line needs a 'prompt'.")
-    every = tuple(sorted({r["answer"] for r in rows if r.get("answer") is not None}))
-    return [Example(r["prompt"], tuple(r.get("labels") or every), r.get("answer")) for r in rows]
+    return _examples([(where, row) for row in rows], where)
+
+
+def _examples(rows: Sequence[tuple[str, Any]], where: str) -> list[Example]:
+    if not rows:
+        raise ConfigError(f"{where} holds no examples; every line needs a 'prompt'.")
+    for place, row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise ConfigError(f"{place}: every line needs a 'prompt'.")
+        labels = row.get("labels") or []
+        if not isinstance(row.get("answer"), str | None):
+            raise ConfigError(f"{place}: 'answer' is not text.")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise ConfigError(f"{place}: 'labels' is not a list of texts.")
+    every = tuple(sorted({r["answer"] for _, r in rows if r.get("answer") is not None}))
+    return [Example(r["prompt"], tuple(r.get("labels") or every), r.get("answer")) for _, r in rows]
 
 
 def hub_examples(
@@ -51,15 +57,21 @@ def hub_examples(
 ) -> list[Example]:
     """`count` examples drawn from a Hub data set: `prompt` is a template over its fields, `answer` a field.
 
-    `names` are the labels' texts by number, for fields that hold numbers. Needs the extra `eval`.
+    `names` are the labels' texts by number, for fields that hold numbers. Needs the extra `eval`. Raises ConfigError.
     """
     from datasets import load_dataset
 
     rows = []
-    data = load_dataset(name, split=split).shuffle(seed=0)
-    for row in data.select(range(min(count, len(data)))):
-        value = row[answer]
-        rows.append({"prompt": prompt.format(**row), "answer": names[value] if names else f" {value}"})
+    try:
+        data = load_dataset(name, split=split).shuffle(seed=0)
+        for row in data.select(range(min(count, len(data)))):
+            value = row[answer]
+            rows.append({"prompt": prompt.format(**row), "answer": names[value] if names else f" {value}"})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"Cannot take examples from the data set {name!r:.200} ({type(error).__name__}: {error!s:.200}); check "
+            "--split, --prompt, --answer and --names, or give a file of JSON lines."
+        ) from error
     return make_examples(rows, name)
 
 
@@ -140,6 +152,16 @@ class Questions:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def check(self, model: Any) -> None:
+        """Raise ConfigError at a prompt for which the model has no positions, or that has no token."""
+        config = getattr(model, "config", None)
+        limit = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+        sizes = [ids.shape[1] for _, ids in self.batches]
+        if min(sizes, default=1) < 1:
+            raise ConfigError("A prompt has no tokens; leave it out.")
+        if limit and max(sizes, default=0) > limit:
+            raise ConfigError(f"A prompt has {max(sizes)} tokens; the model has positions for {limit}.")
 
     @torch.inference_mode()
     def ask(self, model: nn.Module) -> Answers:

@@ -6,10 +6,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,8 +20,9 @@ from ..errors import ConfigError
 from ..methods.dhsa import Dhsa, DhsaConfig
 from ..patch_config import PatchConfig
 from ..selection import Selection
+from ..training_state import STATE_FILE, load_state, of_this_model, save_state
 
-STATE_FILE = "training.pt"
+STATE = ("step", "samples", "recipe", "layers", "predictor", "optimizer")
 GRID = torch.arange(-30, 31) / 10
 LABELS = ("sentences", "mass")
 Advance = Callable[[], None]
@@ -187,8 +187,9 @@ class _Run:
         self._predictor = made.to(call.k.device)
         self._optimizer = torch.optim.Adam(made.parameters(), lr=r.rate)
         if self._restored is not None:
-            made.load_state_dict(self._restored["predictor"])
-            self._optimizer.load_state_dict(self._restored["optimizer"])
+            with of_this_model(self.out):
+                made.load_state_dict(self._restored["predictor"])
+                self._optimizer.load_state_dict(self._restored["optimizer"])
 
     def step(self, sample: Sample) -> None:
         """One optimiser step on one text, the mean loss over all layers."""
@@ -247,21 +248,17 @@ class _Run:
 
     def save(self, step: int, samples: int) -> None:
         """Write what a resumed run needs."""
-        self.out.mkdir(parents=True, exist_ok=True)
         data = {
             "step": step, "samples": samples, "recipe": vars(self.recipe), "layers": self.layers,
             "predictor": self.predictor.state_dict(), "optimizer": self._optimizer.state_dict(),
         }  # fmt: skip
-        temporary = self.out / (STATE_FILE + ".new")
-        torch.save(data, temporary)
-        temporary.replace(self.out / STATE_FILE)
+        save_state(self.out, data)
 
     def load(self, samples: int) -> int:
         """Steps done by an interrupted run in this folder; 0 if there is none. Raises ConfigError if it differs."""
-        file = self.out / STATE_FILE
-        if not file.is_file():
+        data = load_state(self.out, STATE)
+        if data is None:
             return 0
-        data = torch.load(file, weights_only=True)
         if (data["recipe"], data["samples"], data["layers"]) != (vars(self.recipe), samples, self.layers):
             raise ConfigError(
                 f"{self.out} holds an unfinished run with other settings; use another folder or --fresh."
@@ -295,46 +292,3 @@ def haystack_texts(source: str, count: int, tokens: int, tokenizer: Any, seed: i
                 body.insert(at, fact)
         found.append(" ".join(body) + "\n" + turns)
     return found
-
-
-def dhsa(
-    model: Annotated[str, typer.Argument(help="Model folder, Hub id, or 'embedded'.", metavar="MODEL")],
-    out: Annotated[Path, typer.Option(help="Folder for the predictor; a patch config that can be loaded or pushed.")],
-    text: Annotated[
-        str, typer.Option(help="Text to learn from: grammar, prose, or the path of a text file.")
-    ] = "prose",
-    labels: Annotated[
-        str, typer.Option(help="sentences (and lines), or mass: the paper's, from the model's own attention.")
-    ] = "sentences",
-    texts: Annotated[int, typer.Option(help="Texts to draw; a tenth is kept aside for validation.")] = 200,
-    length: Annotated[int, typer.Option(help="Tokens per text.")] = 2048,
-    epochs: Annotated[int, typer.Option(help="Passes over the texts.")] = 2,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    width: Annotated[int, typer.Option(help="Channels the keys are projected to; 0 for none, as in the paper.")] = 64,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0; the accelerator if there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of texts, weights and order.")] = 42,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew instead of continuing a run in the folder.")
-    ] = False,
-) -> None:
-    """Train the boundary predictor of `dhsa` for a model; prints its F1 on texts kept aside."""
-    from ..cli_console import console, progress, quieten
-    from ..evals.models import load_model
-
-    quieten()
-    loaded = load_model(model, dtype, device)
-    recipe = Recipe(labels=labels, length=length, epochs=epochs, rate=rate, width=width or None, seed=seed)
-    drawn = haystack_texts(text, texts, length, loaded.tokenizer, seed)
-    steps = epochs * (texts - max(1, round(texts * recipe.validation)))
-    with progress("boundary predictor", steps) as advance:
-        quality = calibrate_dhsa(
-            loaded.model, loaded.tokenizer, drawn, out, recipe, resume=not fresh, advance=advance
-        )  # fmt: skip
-    console.print(f"validation: {quality}")
-    console.print(f"written to {out}; use it with --patch {out} or --patch dhsa:boundaries=predictor,predictor={out}")
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Register `dhsa` with the application behind `hfpatch calibrate`."""
-    app.command()(dhsa)

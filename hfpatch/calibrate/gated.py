@@ -1,6 +1,5 @@
 """Trains headwise gates on a frozen model: an experiment, no paper has a recipe for it."""
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +13,11 @@ from torch.nn import functional as F
 
 from ..api import Patch, patched
 from ..call import AttentionCall
+from ..cli_options import LAST_SEED, LONGEST, Device, Dtype, Model, number
 from ..errors import ConfigError
 from ..methods.gated import Gated, GatedConfig
-from ..patch_config import PatchConfig
+from ..output import own_folder, write_json
+from ..patch_config import CONFIG_FILE, TENSOR_FILE, PatchConfig
 from ..regroup import initial_weight
 from .intervals import paired
 
@@ -95,7 +96,7 @@ def calibrate_gated(
     saved = PatchConfig([config], name, tensors)
     result = _measure(model, saved, held_out, r, len(samples))
     saved.save_pretrained(out)
-    (Path(out) / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1) + "\n")
+    write_json(Path(out) / RESULT_FILE, asdict(result))
     return result
 
 
@@ -216,34 +217,37 @@ def running_texts(source: str, count: int, tokens: int, tokenizer: Any, seed: in
 
 
 def gated(
-    model: Annotated[str, typer.Argument(help="Model folder, Hub id, or 'embedded'.", metavar="MODEL")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the gates; a patch config that can be loaded or pushed.")],
     text: Annotated[str, typer.Option(help="Text to train on: grammar, prose, or the path of a text file.")] = "prose",
-    texts: Annotated[int, typer.Option(help="Texts to draw; a fifth is held out.")] = 100,
-    steps: Annotated[int, typer.Option(help="Optimiser steps, one text each.")] = 200,
-    length: Annotated[int, typer.Option(help="Tokens per text.")] = 512,
-    rate: Annotated[float, typer.Option(help="Learning rate, falling to zero.")] = 3e-3,
-    sparsity: Annotated[float, typer.Option(help="Weight of the mean gate in the loss.")] = 0.02,
+    texts: Annotated[int, number("Texts to draw; a fifth is held out.", 2)] = 100,
+    steps: Annotated[int, number("Optimiser steps, one text each.", 1)] = 200,
+    length: Annotated[int, number("Tokens per text.", 32, LONGEST)] = 512,
+    rate: Annotated[float, number("Learning rate, falling to zero.", 0, 1)] = 3e-3,
+    sparsity: Annotated[float, number("Weight of the mean gate in the loss.", 0, 1000)] = 0.02,
     granularity: Annotated[str, typer.Option(help="headwise or elementwise.")] = "headwise",
     layers: Annotated[str | None, typer.Option(help="Decoder layers to gate; all by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0; the accelerator if there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of texts and order.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    seed: Annotated[int, number("Seed of texts and order.", 0, LAST_SEED)] = 0,
 ) -> None:
     """Experimental: train gates on a frozen model; prints held-out KL and attention to the initial token."""
     from ..cli_console import console, progress, quieten
-    from ..evals.models import load_model
+    from ..evals.models import check_length, load_model
 
     quieten()
-    loaded = load_model(model, dtype, device)
     recipe = GateRecipe(granularity, steps, length, rate, sparsity, seed=seed)
-    drawn = running_texts(text, texts, length, loaded.tokenizer, seed)
-    with progress("gates", steps) as advance:
-        result = calibrate_gated(
-            loaded.model, loaded.tokenizer, drawn, out, recipe, layers=layers, advance=advance
-        )  # fmt: skip
-    console.print(str(result), markup=False)
-    console.print(f"written to {out}; use it with --patch {out}", markup=False)
+    GatedConfig(form="double", granularity=granularity, layers=layers)  # refuses before anything is loaded
+    with own_folder(out, (CONFIG_FILE, TENSOR_FILE, RESULT_FILE)):
+        loaded = load_model(model, dtype, device)
+        check_length(loaded, length)
+        drawn = running_texts(text, texts, length, loaded.tokenizer, seed)
+        with progress("gates", steps) as advance:
+            result = calibrate_gated(
+                loaded.model, loaded.tokenizer, drawn, out, recipe, layers=layers, advance=advance
+            )  # fmt: skip
+    console.print(str(result))
+    console.print(f"written to {out}; use it with --patch {out}")
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -4,12 +4,14 @@ from typing import Annotated
 
 import typer
 
+from ..cli_options import number
+
 Data = Annotated[str, typer.Option(help="JSON lines with prompt, answer and labels; a Hub data set; or 'embedded'.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub data set.")]
 Prompt = Annotated[str, typer.Option(help="Prompt template over a Hub data set's fields.")]
 Answer = Annotated[str, typer.Option(help="Field of a Hub data set with the label.")]
 Names = Annotated[str, typer.Option(help="Label texts by number, separated by commas.")]
-Count = Annotated[int, typer.Option(help="Examples to use; half are held out.")]
-Shots = Annotated[int, typer.Option(help="Labelled texts per prompt of the embedded task.")]
+Count = Annotated[int, number("Examples to use; half are held out.", 8)]
+Shots = Annotated[int, number("Labelled texts per prompt of the embedded task.", 0, 100)]
 Renamed = Annotated[bool, typer.Option("--renamed", help="Embedded task with topics called by other words.")]
-Batch = Annotated[int, typer.Option(help="Prompts per forward pass.")]
+Batch = Annotated[int, number("Prompts per forward pass.", 1)]

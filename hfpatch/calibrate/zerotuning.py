@@ -1,6 +1,5 @@
 """Searches the heads and the factor of `zerotuning` for a model and a classification task."""
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -14,10 +13,11 @@ import typer
 from torch import Tensor, nn
 
 from ..api import patched
-from ..cli_options import Device, Dtype, Model
+from ..cli_options import Device, Dtype, Model, number
 from ..errors import ConfigError
 from ..methods._model import query_heads
 from ..methods.zerotuning import ZeroTuningConfig
+from ..output import own_folder, write_json
 from ..patch_config import PatchConfig
 from ..version import __version__
 from .classification import Answers, Example, Questions, Source, measures
@@ -88,7 +88,7 @@ class Calibration:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         versions = {"hfpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        (out / SWEEP_FILE).write_text(json.dumps({"versions": versions, **asdict(self)}, indent=1) + "\n")
+        write_json(out / SWEEP_FILE, {"versions": versions, **asdict(self)})
         for objective in dict.fromkeys(o.objective for o in self.outcomes):
             self.config(objective).save_pretrained(out / objective)
 
@@ -131,6 +131,7 @@ def calibrate_zerotuning(
     """
     s = search or Search()
     questions = Questions(tokenizer, examples, batch)
+    questions.check(model)
     heads = query_heads(model)
     if heads is None:
         raise ConfigError("The model's config does not tell its number of query heads.")
@@ -240,7 +241,7 @@ def zerotuning(
     shots: Shots = 6,
     renamed: Renamed = False,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to tune; all by default.")] = None,
-    seeds: Annotated[int, typer.Option(help="Splits to repeat the search on.")] = 3,
+    seeds: Annotated[int, number("Splits to repeat the search on.", 1, 1000)] = 3,
     batch: Batch = 32,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -250,15 +251,16 @@ def zerotuning(
     from ..evals.models import load_model
 
     quieten()
-    loaded = load_model(model, dtype, device)
-    found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
     search = Search(seeds=tuple(range(seeds)), layers=layers)
-    with progress("settings", 2 * (query_heads(loaded.model) or 0) + 1) as advance:
-        result = calibrate_zerotuning(loaded.model, loaded.tokenizer, found, search, batch=batch, advance=advance)
-    result.save(out)
+    with own_folder(out, (SWEEP_FILE,)):
+        loaded = load_model(model, dtype, device)
+        found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
+        with progress("settings", 2 * (query_heads(loaded.model) or 0) + 1) as advance:
+            result = calibrate_zerotuning(loaded.model, loaded.tokenizer, found, search, batch=batch, advance=advance)
+        result.save(out)
     for line in summary(result):
-        console.print(line, markup=False)
-    console.print(f"written to {out}; use it with --patch {out}/accuracy", markup=False)
+        console.print(line)
+    console.print(f"written to {out}; use it with --patch {out}/accuracy")
 
 
 def add_commands(app: typer.Typer) -> None:

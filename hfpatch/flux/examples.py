@@ -1,6 +1,5 @@
 """Prompts with answers that `flux` routers are trained on, read from a file or generated."""
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..json_text import json_lines
 from ..prompt_ids import prompt_ids
 
 RETRIEVAL = ("single", "multikey", "kvlist", "passkey")
@@ -28,13 +28,13 @@ class Example:
 
 def read_examples(path: Path, tokenizer: Any, limit: int) -> Iterator[Example]:
     """Examples of a JSONL file with `prompt`, `answer` and `kind` (retrieval or holistic). Raises ConfigError."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            prompt, answer, kind = entry["prompt"], entry["answer"], entry["kind"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}, line {number}: expected prompt, answer and kind ({error}).") from error
-        yield _example(tokenizer, prompt, answer, kind, limit)
+    for number, entry in json_lines(path):
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(k), str) for k in ("prompt", "answer", "kind")):
+            raise ConfigError(f"{path}, line {number}: expected prompt, answer and kind, all of them text.")
+        made = _example(tokenizer, entry["prompt"], entry["answer"], entry["kind"], limit)
+        if made.predict_from >= len(made.ids):
+            raise ConfigError(f"{path}, line {number}: the answer has no token to predict.")
+        yield made
 
 
 def built_in_examples(tokenizer: Any, count: int, length: int, seed: int = 0) -> list[Example]:

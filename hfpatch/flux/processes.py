@@ -1,19 +1,21 @@
 """Several processes training one set of routers, as `accelerate launch` starts them."""
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import distributed, nn
+
+from ..launch import launched, meet
 
 
 class Processes:
     """This process and its fellows; alone it does nothing. Gradients are added up on the CPU, over gloo."""
 
     def __init__(self) -> None:
-        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if self.count > 1 and not distributed.is_initialized():
-            distributed.init_process_group("gloo")
+        found = launched()
+        self.rank, self.count = found.rank, found.world
+        if self.count > 1:
+            meet()
 
     @property
     def first(self) -> bool:

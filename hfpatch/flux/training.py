@@ -18,11 +18,12 @@ from ..method import Method
 from ..methods.flux import Flux, FluxConfig
 from ..ops import attend
 from ..patch_config import PatchConfig
+from ..training_state import load_state, of_this_model, save_state
 from .examples import Example
 from .processes import Processes
 from .router import FULL, Routers, pool_ends
 
-STATE_FILE = "training.pt"
+STATE = ("step", "settings", "history", "checks", "routers", "constraint", "optimizer", "standard")
 _STANDARD = 32
 
 
@@ -131,7 +132,7 @@ def answer_loss(model: Any, example: Example) -> Tensor:
 
 
 class Trainer:
-    """One run: `run()` trains, saves `STATE_FILE` now and then, and returns the patch config.
+    """One run: `run()` trains, saves its state now and then, and returns the patch config.
 
     `held_out` examples are routed by argmax at every save; their loss and sparsity go to `checks`. Under
     `accelerate launch` each process takes its share of every batch.
@@ -225,7 +226,7 @@ class Trainer:
         found = []
         self.optimizer.zero_grad()
         for n in self.processes.share(r.batch):
-            self.soft.noise = torch.Generator().manual_seed((r.seed * r.steps + step) * r.batch + n)
+            self.soft.noise = torch.Generator().manual_seed(((r.seed * r.steps + step) * r.batch + n) % 2**63)
             loss, sparsity = self._one(batch[n])
             objective = loss + self.constraint(sparsity, batch[n].kind)
             if objective.requires_grad:
@@ -258,27 +259,24 @@ class Trainer:
     def _save(self, step: int) -> None:
         if not self.processes.first:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         data = {
             "step": step, "settings": self._settings(), "history": self.history, "checks": self.checks,
             "routers": self.routers.state_dict(), "constraint": self.constraint.state_dict(),
             "optimizer": self.optimizer.state_dict(), "standard": self.soft.standard,
         }  # fmt: skip
-        temporary = self.out / (STATE_FILE + ".new")
-        torch.save(data, temporary)
-        temporary.replace(self.out / STATE_FILE)
+        save_state(self.out, data)
 
     def _load(self) -> int:
-        file = self.out / STATE_FILE
-        if not file.is_file():
+        data = load_state(self.out, STATE, self.model.device)
+        if data is None:
             return 0
-        data = torch.load(file, weights_only=True, map_location=self.model.device)
         if data["settings"] != self._settings():
             raise ConfigError(f"{self.out} holds a run with other settings; use another folder, or --fresh.")
-        self.routers.load_state_dict(data["routers"])
-        self.constraint.load_state_dict(data["constraint"])
-        self.optimizer.load_state_dict(data["optimizer"])
-        self.soft.standard = dict(data["standard"])
+        with of_this_model(self.out):
+            self.routers.load_state_dict(data["routers"])
+            self.constraint.load_state_dict(data["constraint"])
+            self.optimizer.load_state_dict(data["optimizer"])
+            self.soft.standard = dict(data["standard"])
         self.history, self.checks = list(data["history"]), list(data["checks"])
         return int(data["step"])
 

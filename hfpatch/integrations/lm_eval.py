@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, HfpatchError
+from ..output import writable
 from .lm_eval_model import EMBEDDED, HFPatchLM, location
 
 __all__ = ["HFPatchLM", "main", "run_lm_eval"]
@@ -28,7 +30,8 @@ def run_lm_eval(argv: Sequence[str]) -> int:
         cli = HarnessCLI()
         args = cli.parse_args()
         _add_ours(args)
-        cli.execute(args)
+        with _results(args):
+            cli.execute(args)
         if HFPatchLM.last_report is not None:
             print(HFPatchLM.last_report)
     except ValueError as error:
@@ -40,6 +43,15 @@ def run_lm_eval(argv: Sequence[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _results(args: Any) -> AbstractContextManager[None]:
+    """The folder lm-eval writes to, which it tries only when all is done."""
+    asked = getattr(args, "output_path", None)
+    if not asked:
+        return nullcontext()
+    path = Path(asked)
+    return writable(path.parent if path.suffix == ".json" else path)
 
 
 def _add_ours(args: Any) -> None:
@@ -54,6 +66,8 @@ def _add_ours(args: Any) -> None:
     if hasattr(args, "include_path"):
         theirs = args.include_path or config.get("include_path") or []
         args.include_path = [str(LM_EVAL_FOLDER), *([theirs] if isinstance(theirs, str | Path) else theirs)]
+    if hasattr(args, "output_path"):
+        args.output_path = args.output_path or config.get("output_path")
     if hasattr(args, "model_args"):
         args.model = args.model or config.get("model") or "hfpatch"
         if (args.model_args or {}).get("pretrained") == EMBEDDED:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, reason
 from ..hub import download
-from ..json_file import read_json
+from ..json_text import read_json
 from ..patch_config import PatchConfig
 from ..patch_store import load_tensors
 from ..registry import make_config

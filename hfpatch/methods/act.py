@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
-from ..json_file import read_json
+from ..json_text import read_json
 from ..method import Method
 from ..registry import register_method
 from ..regroup import Columns

@@ -13,7 +13,7 @@ from ..blocks import SHARES, Grid, check_budget, choosers, kept_blocks, pad_to, 
 from ..call import AttentionCall
 from ..config import MethodConfig, option
 from ..errors import ConfigError
-from ..json_file import read_json
+from ..json_text import read_json
 from ..learned import Learned, ModelSizes
 from ..method import Method
 from ..registry import register_method

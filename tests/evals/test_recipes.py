@@ -59,6 +59,14 @@ BAD_RECIPES = {
     "two jobs alike": (GOOD + "  - {task: niah, lengths: [64]}\n", 9, "two jobs are called 'niah'"),
     "two variants alike": (GOOD.replace("tasks:", "  - patch: streaming:window=32\ntasks:"), 5, "there twice"),
     "python object": ("model: !!python/object/apply:os.getcwd []\nvariants: all\n", 1, "not valid YAML"),
+    "whole number with a point": (GOOD.replace("samples: 2", "samples: 1.0", 1), 6, "must be a whole number, not 1.0"),
+    "not a number": (GOOD.replace("[0, 100]", "[.nan]"), 6, "must be a number"),
+    "endless number": (GOOD.replace("[0, 100]", "[.inf]"), 6, "must be a number"),
+    "too many samples": (GOOD.replace("samples: 2", "samples: 99999999", 1), 6, "at most 1000000"),
+    "too long": (GOOD.replace("[128, 256]", "[1" + 18 * "0" + "]"), 6, "at most 100000000"),
+    "label that leaves the folder": (GOOD.replace("task: niah", "task: niah, label: ../x"), 6, "may hold letters"),
+    "label of two lines": (GOOD.replace("task: niah", 'task: niah, label: "x\\n"'), 6, "may hold letters"),
+    "lm-eval settings": (GOOD + "  - {task: lm-eval, tasks: [x], settings: {}}\n", 9, "no setting 'settings'"),
     "methods setting": (
         GOOD.replace("patch: streaming\n    settings: {window: 32}", "methods:\n    - method: quest\n      budgt: 3"),
         5, "no setting 'budgt'",
@@ -144,7 +152,8 @@ def test_every_offline_recipe_runs_in_a_short_profile(name, tmp_path):
         assert {row["variant"] for row in job["rows"]} == {v.name for v in run.variants}
         if job["kind"] == "niah":
             assert job["rows"][0] | {"variant": "dense", "score": 1.0} == job["rows"][0]
-    assert (tmp_path / "results.json").is_file() and write_report(results, tmp_path)[-1].name == "report.html"
+    assert write_report(results, tmp_path)[-1].name == "report.html"
+    assert timeless(read_results(tmp_path)) == timeless(results), "what a run writes is what reading asks for"
 
 
 def test_unknown_recipe_has_near_names():
@@ -196,17 +205,17 @@ def test_killed_run_resumes_to_the_same_results(tmp_path, folder):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    before = journal.read_text().splitlines()
+    before = journal.read_text().split("\n")[:-1]
     assert process.exitcode == -signal.SIGKILL and not (journal.parent / "results.json").exists()
     assert 2 <= len(before) < 1 + 8
     with journal.open("a") as torn:
         torn.write('{"cell": "niah | dense | 256", "da')
     resumed = execute(build_run(load_recipe(file)), journal.parent)
     assert timeless(resumed) == timeless(whole)
-    assert journal.read_text().splitlines()[: len(before)] == before
+    assert journal.read_text().split("\n")[: len(before)] == before
     samples = (journal.parent / "samples.jsonl").read_text()
     assert samples == (tmp_path / "whole" / "samples.jsonl").read_text()
-    assert len(samples.splitlines()) == 2 * (2 * 20 + 2 + 2)
+    assert samples.count("\n") == 2 * (2 * 20 + 2 + 2)
 
 
 def test_finished_run_is_not_repeated_and_other_arguments_are_refused(tmp_path, folder, monkeypatch):

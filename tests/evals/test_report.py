@@ -8,6 +8,7 @@ from io import StringIO
 import pytest
 from hfpatch.evals.compare import differences, print_comparison, values
 from hfpatch.evals.errors import EvaluationError
+from hfpatch.evals.page import write_page
 from hfpatch.evals.plots import latency, look
 from hfpatch.evals.recipe import load_recipe
 from hfpatch.evals.recipe_run import build_run
@@ -115,6 +116,106 @@ def test_compare_refuses_what_is_no_result(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(EvaluationError, match="not written by hfpatch"):
         read_results(tmp_path)
+
+
+def edited(results, where, value):
+    """The results with a value replaced, or taken out when it is `...`."""
+    data = json.loads(json.dumps(results))
+    *path, last = where
+    at = data
+    for key in path:
+        at = at[key]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return data
+
+
+ROW = ("jobs", 0, "rows", 0)
+EDITS = {
+    "no environment": (("environment",), ..., "the file needs 'environment'"),
+    "environment null": (("environment",), None, "environment must be a mapping, not null"),
+    "no versions": (("environment", "versions"), ..., "environment needs 'versions'"),
+    "number for a version": (
+        ("environment", "versions", "torch"),
+        2,
+        "environment.versions.torch must be text, not 2",
+    ),
+    "arguments list": (("arguments",), [], "arguments must be a mapping"),
+    "jobs null": (("jobs",), None, "jobs must be a list, not null"),
+    "jobs of numbers": (("jobs", 0), 5, "jobs[0] must be a mapping, not 5"),
+    "no kind": (("jobs", 0, "kind"), ..., "jobs[0] needs 'kind'"),
+    "unknown kind": (("jobs", 0, "kind"), "speed", 'jobs[0].kind is "speed"; it must be one of niah'),
+    "label that leaves the folder": (("jobs", 0, "label"), "../x", "jobs[0].label"),
+    "no rows": (("jobs", 0, "rows"), ..., "jobs[0] needs 'rows'"),
+    "rows null": (("jobs", 0, "rows"), None, "jobs[0].rows must be a list"),
+    "empty rows": (("jobs", 0, "rows"), [], "jobs[0].rows is empty"),
+    "row null": (ROW, None, "jobs[0].rows[0] must be a mapping"),
+    "no score": ((*ROW, "score"), ..., "jobs[0].rows[0] needs 'score'"),
+    "score text": ((*ROW, "score"), "x", 'jobs[0].rows[0].score must be a number, not "x"'),
+    "score true": ((*ROW, "score"), True, "jobs[0].rows[0].score must be a number, not true"),
+    "score nan": ((*ROW, "score"), float("nan"), "jobs[0].rows[0].score must be a number, not NaN"),
+    "score huge": ((*ROW, "score"), 1e200, "jobs[0].rows[0].score must be a number"),
+    "length text": ((*ROW, "length"), "x", "jobs[0].rows[0].length must be a whole number"),
+    "length zero": ((*ROW, "length"), 0, "jobs[0].rows[0].length is 0; it must be at least 1"),
+    "length with a point": ((*ROW, "length"), 64.0, "must be a whole number, not 64.0"),
+    "task without a density": (("jobs", 1, "rows", 0, "density_decode"), ..., "needs 'density_decode'"),
+    "perplexity text": (("jobs", 2, "rows", 0, "perplexity"), "x", "perplexity must be a number"),
+    "no spread": (("jobs", 3, "rows", 0, "ttft"), 1.0, "jobs[3].rows[0].ttft must be a mapping"),
+    "spread of text": (("jobs", 3, "rows", 0, "tpot", "low"), "x", "tpot.low must be a number"),
+    "no repeats": (("jobs", 3, "settings", "repeats"), ..., "jobs[3].settings needs 'repeats'"),
+    "break-even of nothing": (("jobs", 3, "break_even", 0, "relation"), "x", "break_even[0].relation"),
+    "peak text": (("jobs", 4, "rows", 0, "peak"), "x", "jobs[4].rows[0].peak must be a number"),
+    "no variants": (("variants",), [], "variants is empty"),
+    "variant without a name": (("variants", 0, "name"), ..., "variants[0] needs 'name'"),
+    "methods text": (("variants", 1, "patch", "methods"), "x", "variants[1].patch.methods must be a list"),
+    "no model": (("model",), None, "model must be a mapping"),
+    "notes of numbers": (("notes",), [5], "notes[0] must be text, not 5"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edited_results_are_one_sentence_with_the_place(name, out, tmp_path):
+    where, value, sentence = EDITS[name]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(edited(read_results(out), where, value)))
+    with pytest.raises(EvaluationError) as raised:
+        read_results(tmp_path)
+    told = str(raised.value)
+    assert told.startswith(f"{file}: ") and sentence in told and "\n" not in told and len(told) < 400
+
+
+BROKEN = {
+    "cut": '{"jobs": [', "deep": "[" * 100_000, "deep and closed": "[" * 90 + "]" * 90, "empty": "",
+    "key twice": '{"jobs": [], "jobs": []}', "long number": '{"jobs": ' + "9" * 5000 + "}", "list": "[]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_results_are_one_sentence(name, tmp_path):
+    (tmp_path / "results.json").write_text(BROKEN[name])
+    with pytest.raises(EvaluationError, match=r"results\.json (is not valid JSON|was not written by hfpatch)"):
+        read_results(tmp_path)
+
+
+def test_results_that_are_not_finite_where_that_happens_and_odd_texts_are_shown(out, tmp_path):
+    results = edited(read_results(out), ("jobs", 2, "rows", 0, "perplexity"), float("nan"))
+    results = edited(results, ("variants", 1, "name"), "[/red] \ud800 :smile:")
+    results["jobs"][0]["rows"][0]["variant"] = "[/red] \ud800 :smile:"
+    file = tmp_path / "results.json"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(results).encode())
+    told = StringIO()
+    print_comparison(
+        read_results(tmp_path), read_results(tmp_path), ("[/a]", "b"), Console(file=told), everything=True
+    )
+    print_results(read_results(tmp_path), Console(file=told))
+    assert "[/red]" in told.getvalue() and "nan" in told.getvalue()
+    write_report(read_results(out), tmp_path)
+    write_page(
+        read_results(tmp_path), {j["label"]: tmp_path / "niah.png" for j in results["jobs"]}, None, tmp_path / "p"
+    )
+    assert b"\\ud800" in (tmp_path / "p").read_bytes()
 
 
 def test_units():
