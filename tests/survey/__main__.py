@@ -33,7 +33,8 @@ def main() -> int:
         verdicts.append(verdict)
         word, layers, reason = page.cells(verdict)
         print(f"{name:28} {word:10} {layers:10} {reason}", flush=True)
-    print(f"{len(verdicts)} types in {time.time() - start:.0f} s", file=sys.stderr)
+    busy = sum(verdict.seconds for verdict in verdicts)
+    print(f"{len(verdicts)} types in {time.time() - start:.0f} s, {busy:.0f} s of them computing", file=sys.stderr)
     if asked.write:
         asked.write.write_text(page.render(verdicts))
     return int(any(verdict.verdict == WRONG for verdict in verdicts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import torch
@@ -30,12 +31,14 @@ def judge(name: str) -> Verdict:
     verdict = Verdict(name, reason=ELSEWHERE.get(name, ""))
     if verdict.reason:
         return verdict
+    start = time.process_time()
     try:
         model = build(name)
     except Exception as error:
         verdict.reason = short(error)
-        return verdict
-    Judge(model, verdict).run()
+    else:
+        Judge(model, verdict).run()
+    verdict.seconds = time.process_time() - start
     return verdict
 
 
@@ -70,7 +73,7 @@ class Judge:
         before = tree(self.model)
         self.verdict.kinds = kinds(self.model, seen.calls)
         try:
-            hfpatch.patch_model(self.model, "streaming", **METHODS["streaming"][0])
+            hfpatch.patch_model(self.model, "streaming", **METHODS["streaming"].settings)
         except hfpatch.HfpatchError as error:
             self._refused(str(error), stopped, seen, tree(self.model) == before)
             return
@@ -151,7 +154,7 @@ class Judge:
         outcomes: dict[str, Outcome] = {}
         alone: Tensor | None = None
         chosen = [name for name in self.scenarios if method == "streaming" or name != STATIC]
-        with hfpatch.patched(self.model, method, **METHODS[method][0]) as patch:
+        with hfpatch.patched(self.model, method, **METHODS[method].settings) as patch:
             for name in chosen:
                 outcomes[name] = outcome(self.model, patch, self.scenarios[name][0])
             if PADDED in chosen and method == "streaming":
@@ -169,7 +172,7 @@ class Judge:
 
     def _check_acts(self, method: str, name: str, what: str, got: Outcome) -> None:
         """Sparse in every patched layer: always dense in prompts, or always in decode steps, is never right."""
-        if name not in ("prefill", "decode") or (method, name) == ("quest", "prefill"):
+        if name not in ("prefill", "decode") or name not in METHODS[method].phases:
             if got.dense:
                 self.verdict.notes.append(f"{what}: dense ({got.reasons})")
             return
@@ -185,7 +188,7 @@ class Judge:
         if got.partly:
             self.verdict.notes.append(f"{what}: not compared, some calls run dense and some do not")
             return
-        oracle = Oracle(self.patched, METHODS[method][1], got.dense)
+        oracle = Oracle(self.patched, METHODS[method], got.dense)
         try:
             with interface(oracle.wrap):
                 want = self.scenarios[name][0].run(self.model, oracle)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .patterns import Pattern
+from .patterns import Method
 
 Attend = Callable[..., Any]
 
@@ -43,26 +43,27 @@ class Listener:
 
 
 class Oracle(Listener):
-    """Cuts the attention of some modules down to what `pattern` keeps of what their own mask keeps.
+    """Cuts the attention of some modules down to what a method keeps of what their own mask keeps.
 
     Calls of a `(module, phase)` in `dense` are left as they are. `kept` of `visible` pairs (row, head, query, key)
     were attended to in the calls cut down.
     """
 
     def __init__(
-        self, modules: Collection[nn.Module], pattern: Pattern, dense: Collection[tuple[nn.Module, str]] = ()
+        self, modules: Collection[nn.Module], method: Method, dense: Collection[tuple[nn.Module, str]] = ()
     ) -> None:
         super().__init__()
-        self.modules, self.pattern, self.dense = set(modules), pattern, set(dense)
+        self.modules, self.method, self.dense = set(modules), method, set(dense)
         self.kept, self.visible = 0, 0
 
     def wrap(self, base: Attend) -> Attend:
-        """`base` with the pattern, for the modules in question."""
+        """`base` with the method's mask, for the modules in question."""
 
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
         ) -> Any:
-            if module in self.modules and (module, self._phase(query.shape[2])) not in self.dense:
+            phase = self._phase(query.shape[2])
+            if module in self.modules and phase in self.method.phases and (module, phase) not in self.dense:
                 causal = kwargs.pop("is_causal", None)
                 causal = getattr(module, "is_causal", True) if causal is None else causal
                 attention_mask = self._mask(query, key, attention_mask, bool(causal))
@@ -73,13 +74,11 @@ class Oracle(Listener):
     def _phase(self, queries: int) -> str:
         return "decode" if queries == 1 else "chunk" if self.total > queries else "prefill"
 
-    def _mask(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-        """The model's own mask and the pattern as one additive mask; the former alone where there is no pattern."""
+    def _mask(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """The model's own mask and the method's as one additive mask."""
         slots = k.shape[2]
         i, j, starts = self._places(q.shape[2], slots)
-        keep = self.pattern(q, k[:, :, : len(j)], i, j, starts.expand(q.shape[0]))
-        if keep is None:
-            return mask
+        keep = self.method.pattern(q, k[:, :, : len(j)], i, j, starts.expand(q.shape[0]))
         keep = nn.functional.pad(keep, (0, slots - len(j)))
         own, bias = torch.ones(q.shape[2], slots, dtype=torch.bool), torch.zeros(())
         if mask is None and causal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 SINK, WINDOW = 2, 8
 PAGE, BUDGET, FEWEST_PAGES = 4, 16, 3
-Pattern = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]
+Pattern = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def streaming(q: Tensor, k: Tensor, i: Tensor, j: Tensor, starts: Tensor) -> Tensor:
@@ -19,10 +20,8 @@ def streaming(q: Tensor, k: Tensor, i: Tensor, j: Tensor, starts: Tensor) -> Ten
     return (real >= 0) & ((real < SINK) | (i[:, None] - j < WINDOW))
 
 
-def quest(q: Tensor, k: Tensor, i: Tensor, j: Tensor, starts: Tensor) -> Tensor | None:
-    """Keys kept `[B, Hq, 1, Lk]`: the pages with the highest bounds on q k, read from all keys anew; None for prompts."""
-    if q.shape[2] != 1:
-        return None
+def quest(q: Tensor, k: Tensor, i: Tensor, j: Tensor, starts: Tensor) -> Tensor:
+    """Keys kept `[B, Hq, 1, Lk]` of one query: the pages with the highest bounds on q k, read from all keys anew."""
     keep = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
     for row, start in enumerate(starts.tolist()):
         keep[row, :, 0, start:] = _best_pages(q[row, :, 0], k[row, :, start:])
@@ -44,7 +43,16 @@ def _best_pages(q: Tensor, k: Tensor) -> Tensor:
     return chosen.repeat_interleave(PAGE, 1)[:, :length].repeat_interleave(group, 0)
 
 
-METHODS: dict[str, tuple[dict[str, Any], Pattern]] = {
-    "streaming": ({"sink": SINK, "window": WINDOW}, streaming),
-    "quest": ({"min_length": 0, "page": PAGE, "budget": BUDGET}, quest),
+@dataclass(frozen=True)
+class Method:
+    """Settings of a method of hfpatch, what they keep, and the phases it acts in."""
+
+    settings: dict[str, Any]
+    pattern: Pattern
+    phases: tuple[str, ...] = ("prefill", "chunk", "decode")
+
+
+METHODS = {
+    "streaming": Method({"sink": SINK, "window": WINDOW}, streaming),
+    "quest": Method({"min_length": 0, "page": PAGE, "budget": BUDGET}, quest, ("decode",)),
 }

@@ -12,7 +12,7 @@ class Verdict:
     """`right`, `wrong`, `refused` or `not built`, and why; `patched` of `layers` layers of the tiny model.
 
     kinds: what is particular about the attention. notes: what could not be compared, and why. errors: relative to the
-    largest logit, by comparison.
+    largest logit, by comparison. seconds: of computing.
     """
 
     name: str
