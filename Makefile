@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-floor lint types wheel clean
+.PHONY: demo test test-slow test-floor models lint types wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ test-floor:
 	.venv-floor/bin/python -m pip install -q --disable-pip-version-check 'torch==2.13.0' 'transformers==5.2.0' pytest pytest-xdist pyyaml jsonschema matplotlib
 	.venv-floor/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-floor/bin/python -m pytest -n $(WORKERS)
+
+# docs/models.md: every model type of the installed Transformers, patched and compared
+models: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(abspath $(BIN))/python -m survey --all --workers $(WORKERS) --write ../docs/models.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

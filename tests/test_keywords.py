@@ -12,20 +12,23 @@ LIST = keywords.saved()
 LISTED = keywords.release(LIST["transformers"])
 
 
+ADVICE = (
+    "Decide for each new keyword whether hfpatch may act on calls that carry it, and whether it still finds the cache "
+    f"and the layer; then write the list anew: `{keywords.COMMAND}` in tests/."
+)
+
+
 def compare(section: str, found: dict[str, Any]) -> None:
     """Fail with what has changed since the list was written."""
     changed = keywords.differences(LIST[section], found)
-    assert not changed, (
-        f"Transformers {'.'.join(map(str, keywords.release()))} is not what the list of {LIST['transformers']} says:\n- "
-        + "\n- ".join(changed)
-        + "\nDecide for each new keyword whether hfpatch may act on calls that carry it, and whether it still finds the "
-        f"cache and the layer; then write the list anew: `{keywords.COMMAND}` in tests/."
-    )
+    installed = ".".join(map(str, keywords.release()))
+    heading = f"Transformers {installed} is not what the list of {LIST['transformers']} has:"
+    assert not changed, "\n- ".join([heading, *changed]) + f"\n{ADVICE}"
 
 
 newer_or_same = pytest.mark.skipif(
     keywords.release() < LISTED,
-    reason=f"the list is of Transformers {LIST['transformers']}: older releases have other names, and bring nothing new",
+    reason=f"the list is of Transformers {LIST['transformers']}: an older release has other names, and nothing new",
 )
 
 

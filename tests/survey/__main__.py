@@ -1,4 +1,4 @@
-"""`python -m survey` in tests/: is hfpatch right on these types, on all of them; which keywords does attention get."""
+"""`python -m survey` in tests/: is hfpatch right on these model types, or on all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .verdict import NOT_BUILT, WRONG, Verdict
 
 
 def main() -> int:
-    """Run the command line; 1 when a type is wrong."""
+    """Run the command line; 1 when a type is wrong and the table was not asked for."""
     parser = argparse.ArgumentParser(prog="python -m survey", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types, such as llama")
     parser.add_argument("--all", action="store_true", help="every causal and every image-text type")
@@ -37,6 +37,7 @@ def main() -> int:
     print(f"{len(verdicts)} types in {time.time() - start:.0f} s, {busy:.0f} s of them computing", file=sys.stderr)
     if asked.write:
         asked.write.write_text(page.render(verdicts))
+        return 0
     return int(any(verdict.verdict == WRONG for verdict in verdicts))
 
 

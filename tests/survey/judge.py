@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,15 @@ from transformers import PreTrainedModel
 
 import hfpatch
 
-from .build import ELSEWHERE, build
+from .build import build
 from .kinds import kinds
 from .oracle import Oracle, UnjudgedError, interface
 from .outcome import Outcome, outcome
 from .patterns import METHODS
 from .record import Recorder
 from .scenario import Scenario, fitted, long, others, pads_are_seen, prefill, relative, rows_alone
+from .sizes import ELSEWHERE
+from .trace import changed, tree
 from .verdict import REFUSED, RIGHT, WRONG, Verdict, short
 
 TOLERANCE, AGREES, EFFECT = 2e-5, 1e-3, 1e-3
@@ -42,15 +43,6 @@ def judge(name: str) -> Verdict:
     return verdict
 
 
-def tree(model: nn.Module) -> dict[str, Any]:
-    """Every attribute of every module, tensors and configs by identity, hook tables by content."""
-    out: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            out[f"{name}.{key}"] = dict(value) if isinstance(value, dict) else id(value)
-    return out
-
-
 class Judge:
     """The comparison of one model, and what it finds."""
 
@@ -58,7 +50,7 @@ class Judge:
         self.model, self.verdict = model, verdict
         self.names = {module: name for name, module in model.named_modules()}
         self.patched: list[nn.Module] = []
-        self.scenarios: dict[str, tuple[Scenario, float]] = {"prefill": (prefill(model), 0.0)}
+        self.scenarios: dict[str, tuple[Scenario, float]] = {"prefill": (prefill(), 0.0)}
         self.faults: list[str] = []
         self.full = torch.zeros(0)
 
@@ -75,17 +67,21 @@ class Judge:
         try:
             hfpatch.patch_model(self.model, "streaming", **METHODS["streaming"].settings)
         except hfpatch.HfpatchError as error:
-            self._refused(str(error), stopped, seen, tree(self.model) == before)
+            self._refused(str(error), stopped, seen, not changed(before, tree(self.model)))
             return
         if stopped:
             self.verdict.reason = stopped
             return
         self._look(seen)
         hfpatch.unpatch_model(self.model)
+        traces = changed(before, tree(self.model))
+        self._look_at_the_rest(seen)
         self._find_scenarios()
+        settled, steady = tree(self.model), torch.equal(first.run(self.model), self.full)
         for method in METHODS:
             self._compare(method)
-        if tree(self.model) != before or not torch.equal(first.run(self.model), self.full):
+        traces |= changed(settled, tree(self.model)) - changed(before, settled)  # some keep things between calls
+        if traces or (steady and not torch.equal(first.run(self.model), self.full)):
             self.faults.append("after unpatching the model is not what it was")
         self.verdict.verdict = WRONG if self.faults else RIGHT
         self.verdict.reason = "; ".join(self.faults)
@@ -109,7 +105,7 @@ class Judge:
         again = Recorder()
         try:
             with interface(again.wrap):
-                long(self.model).run(self.model, again)
+                long().run(self.model, again)
         except Exception:
             return seen.plain
         return [module for module in seen.plain if module in again.plain]
@@ -120,20 +116,28 @@ class Judge:
         report = hfpatch.get_patch(self.model).report()
         self.verdict.patched, self.verdict.layers = report.patched, report.num_layers
         if report.patched != len(self.patched):
-            self.faults.append(f"the report counts {report.patched} patched modules, but there are {len(self.patched)}")
+            self.faults.append(f"the report counts {report.patched} patched modules, not {len(self.patched)}")
         called = {call.module for call in seen.calls}
         for what, modules in (
             ("patched, but not of the text decoder", [m for m in self.patched if _FOREIGN.search(self.names[m])]),
             ("patched, but never called on text", [m for m in self.patched if m not in called]),
-            ("left alone, but plain causal attention", [m for m in self._plain(seen) if m not in self.patched]),
         ):
-            if modules:
-                more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-                self.faults.append(f"{what}: {self.names[modules[0]]}{more}")
+            self._name(what, modules)
+
+    def _look_at_the_rest(self, seen: Recorder) -> None:
+        """Whether modules were left alone that the patch could have taken."""
+        if set(seen.plain) - set(self.patched):
+            left = [m for m in self._plain(seen) if m not in self.patched]
+            self._name("left alone, but plain causal attention", left)
+
+    def _name(self, what: str, modules: list[nn.Module]) -> None:
+        if modules:
+            more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+            self.faults.append(f"{what}: {self.names[modules[0]]}{more}")
 
     def _find_scenarios(self) -> None:
         """The scenarios that the unpatched model can do, each with its distance from one pass."""
-        for scenario in others(self.model):
+        for scenario in others():
             name = scenario.name
             try:
                 want = self.full if scenario.mask is None else rows_alone(self.model, self.scenarios["prefill"][0])
@@ -164,6 +168,8 @@ class Judge:
             if got.error:
                 self.faults.append(f"{what}: {got.error}")
                 continue
+            if got.empty:
+                self.faults.append(f"{what}: {got.empty} layers report calls and no keys")
             self._check_acts(method, name, what, got)
             self._check_oracle(method, name, what, got)
             if method == "streaming" and self.scenarios[name][1] < AGREES and not got.dense and name != "prefill":
@@ -205,11 +211,15 @@ class Judge:
             self.faults.append(f"the report says density {got.density['prefill']:.4f}, but it is {counted:.4f}")
 
     def _equal(self, what: str, got: Tensor | None, want: Tensor | None, scenario: str) -> None:
-        """A fault when two results are further apart than rounding explains, seen on the unpatched model."""
+        """A fault when two results are further apart than rounding, and the unpatched model agrees with itself."""
         assert got is not None and want is not None
         error, own = relative(got, want), self.scenarios[scenario][1]
         self.verdict.errors[what] = error
-        if not error <= max(TOLERANCE, 4 * own if own < AGREES else 0.0):
+        if error <= max(TOLERANCE, 4 * own if own < AGREES else 0.0):
+            return
+        if own > AGREES:
+            self.verdict.notes.append(f"{what}: not judged, the unpatched model is off by {own:.0e} itself")
+        else:
             self.faults.append(f"{what}: off by {error:.1e}")
 
 

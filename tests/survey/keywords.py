@@ -37,8 +37,10 @@ def record(name: str) -> Names | str:
         return f"not built: {type(error).__name__}"
     handed: dict[nn.Module, set[str]] = {}
     for module in model.modules():
-        module.register_forward_pre_hook(lambda m, a, k: handed.setdefault(m, set()).update(_names(m, a, k)), with_kwargs=True)
-    seen, session, ids = Recorder(), Session(model), prefill(model).ids
+        module.register_forward_pre_hook(
+            lambda m, a, k: handed.setdefault(m, set()).update(_names(m, a, k)), with_kwargs=True
+        )
+    seen, session, ids = Recorder(), Session(model), prefill().ids
     with interface(seen.wrap):
         try:
             session.feed(ids[:, :-1])

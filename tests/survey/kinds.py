@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .build import read
 from .record import Call
+from .shrink import read
 
 _LABELS = ("sliding", "chunked", "compressed", "indexed", "sparse", "linear", "conv", "hybrid")
 
@@ -24,7 +24,11 @@ def kinds(model: PreTrainedModel, calls: Sequence[Call]) -> list[str]:
         found.append("MLA")
     elif any(k[-1] != v[-1] for _, k, v in (call.shapes for call in calls)):
         found.append("values of another width")
-    for word, names in (("softcap", ("softcap",)), ("sinks", ("s_aux", "sinks")), ("position bias", ("position_bias",))):
+    for word, names in (
+        ("softcap", ("softcap",)),
+        ("sinks", ("s_aux", "sinks")),
+        ("position bias", ("position_bias",)),
+    ):
         if any(call.keywords.get(name) is not None for call in calls for name in names):
             found.append(word)
     if read(config, "num_kv_shared_layers", None):

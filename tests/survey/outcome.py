@@ -19,13 +19,14 @@ _SHAPE = re.compile(r"\[\d[\d, ]*\]")
 class Outcome:
     """Logits or what was raised; the (module, phase) whose calls ran dense, and why; density by phase.
 
-    partly: some calls of a module and phase ran dense and some did not.
+    partly: some calls of a module and phase ran dense and some did not. empty: layers called that saw no keys at all.
     """
 
     logits: Tensor | None = None
     error: str = ""
     dense: set[tuple[nn.Module, str]] = field(default_factory=set)
     partly: bool = False
+    empty: int = 0
     reasons: str = ""
     density: dict[str, float] = field(default_factory=dict)
 
@@ -44,6 +45,7 @@ def outcome(model: PreTrainedModel, patch: Any, scenario: Scenario) -> Outcome:
     got.density = {phase: report.density(phase) for phase in ("prefill", "chunk", "decode")}
     for line in report.lines:
         dense = sum(line.stats.fallbacks.values())
+        got.empty += line.stats.calls > 0 and not line.stats.visible
         if dense:
             got.dense.add((modules[line.name], line.phase))
             got.partly |= dense < line.stats.calls

@@ -10,7 +10,7 @@ from pathlib import Path
 import transformers
 
 from .build import CAUSAL
-from .patterns import PAGE, BUDGET, SINK, WINDOW
+from .patterns import BUDGET, PAGE, SINK, WINDOW
 from .verdict import NOT_BUILT, REFUSED, RIGHT, WRONG, Verdict
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -34,7 +34,9 @@ def render(verdicts: Iterable[Verdict]) -> str:
         if some:
             rows = "\n".join(map(_row, some))
             counts = ", ".join(f"{n} {word}" for word, n in _counts(some))
-            parts.append(f"## {title}\n\n{counts}.\n\n| type | verdict | layers | why | notes |\n|---|---|---|---|---|\n{rows}")
+            parts.append(
+                f"## {title}\n\n{counts}.\n\n| type | verdict | layers | why | notes |\n|---|---|---|---|---|\n{rows}"
+            )
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,28 +66,28 @@ def _counts(verdicts: list[Verdict]) -> list[tuple[str, int]]:
 def _head(verdicts: list[Verdict]) -> str:
     counts = "\n".join(f"| {word} | {n} | {_MEANING[word]} |" for word, n in _counts(verdicts))
     version = ".".join(transformers.__version__.split(".")[:2])
+    wrong = ", ".join(f"`{v.name}`" for v in verdicts if v.verdict == WRONG)
+    listed = f"\nWrong: {wrong}.\n" if wrong else ""
+    streaming, quest = f"sink {SINK}, window {WINDOW}", f"pages of {PAGE}, {BUDGET} keys"
     return f"""# Model types
 
-Every model type of Transformers {version} that generates text, built tiny from its own configuration with random weights,
-patched and compared. Written by `make models`; not to be edited.
+Every model type of Transformers {version} that generates text, built tiny from its own configuration with random
+weights, patched and compared. Written by `make models`; not to be edited.
 
 | verdict | types | |
 |---|---|---|
 {counts}
-
-Compared are logits in float32, with `streaming` (sink {SINK}, window {WINDOW}) and `quest` (pages of {PAGE}, {BUDGET} keys), for
-two prompts of 63 tokens: all at once without a cache; a prompt and single tokens after it; several turns, each of several
-tokens after what is in the cache; a static cache; a left-padded batch, against its rows alone as well. What the unpatched
-model cannot do or does differently each time is left out, and noted. `layers` counts those of the tiny model."""
+{listed}
+Compared are logits in float32 of two prompts of 63 tokens, under `streaming` ({streaming}) and
+`quest` ({quest}), in these ways: all at once without a cache; a prompt and single tokens after it;
+several turns, each of several tokens after what is in the cache; a static cache; a left-padded batch, also against its
+rows alone. What the unpatched model cannot do, or does not do alike, is left out and noted. `layers` are those of the
+tiny model."""
 
 
 def _row(verdict: Verdict) -> str:
-    word, layers, reason = cells(verdict)
-    return f"| `{verdict.name}` | {word} | {layers} | {reason} | {_cell('; '.join([*_kinds(verdict), *verdict.notes]))} |"
-
-
-def _kinds(verdict: Verdict) -> list[str]:
-    return [", ".join(verdict.kinds)] if verdict.kinds else []
+    notes = "; ".join([*([", ".join(verdict.kinds)] if verdict.kinds else []), *verdict.notes])
+    return f"| `{verdict.name}` | {' | '.join(cells(verdict))} | {_cell(notes)} |"
 
 
 def _cell(text: str) -> str:

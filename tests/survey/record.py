@@ -55,7 +55,7 @@ class Recorder(Listener):
 
 
 def is_plain(module: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether `out [B, Lq, Hq, Dv]` is softmax attention to the keys up to the query's own, the last being the last."""
+    """Whether `out [B, Lq, Hq, Dv]` is softmax attention of the last Lq tokens to all keys up to their own."""
     if q.shape[1] % k.shape[1]:
         return False
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -64,7 +64,8 @@ def is_plain(module: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kwargs: 
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if softcap is not None and module.config._attn_implementation == "eager":
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(torch.ones(q.shape[2], k.shape[2]).triu(1 + k.shape[2] - q.shape[2]).bool(), -torch.inf)
+    later = torch.ones(q.shape[2], k.shape[2]).triu(1 + k.shape[2] - q.shape[2]).bool()
+    logits = logits.masked_fill(later, -torch.inf)
     sinks = kwargs.get("sinks") if sinks is None else sinks
     if sinks is not None:
         if sinks.numel() != q.shape[1]:

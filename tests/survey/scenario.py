@@ -47,14 +47,14 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-def prefill(model: PreTrainedModel) -> Scenario:
+def prefill() -> Scenario:
     """All tokens at once and no cache."""
-    return Scenario("prefill", prompt(model, len(LENGTHS), LENGTH), cached=False)
+    return Scenario("prefill", prompt(len(LENGTHS), LENGTH), cached=False)
 
 
-def others(model: PreTrainedModel) -> list[Scenario]:
+def others() -> list[Scenario]:
     """Everything else, of the same tokens as `prefill`."""
-    ids = prompt(model, len(LENGTHS), LENGTH)
+    ids = prompt(len(LENGTHS), LENGTH)
     padded, mask = zoo.left_pad(ids, LENGTHS)
     return [
         Scenario("decode", ids, DECODE),
@@ -64,9 +64,9 @@ def others(model: PreTrainedModel) -> list[Scenario]:
     ]
 
 
-def long(model: PreTrainedModel) -> Scenario:
+def long() -> Scenario:
     """More tokens one by one than any tiny window holds."""
-    return replace(prefill(model), name="long", pieces=LONG, cached=True)
+    return replace(prefill(), name="long", pieces=LONG, cached=True)
 
 
 def rows_alone(model: PreTrainedModel, whole: Scenario) -> Tensor:

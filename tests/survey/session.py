@@ -1,4 +1,4 @@
-"""Feeding a model piece by piece, with a cache or without, alone or padded: the same words for patched and unpatched."""
+"""Feeding a model piece by piece, with a cache or without, alone or padded, patched or not."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Session:
 
     def _tell(self) -> None:
         if self.listener is not None:
-            starts = torch.zeros(1) if self.mask is None else self.mask.argmax(-1)
-            self.listener.total, self.listener.capacity, self.listener.starts = self.total, self.capacity, starts.long()
+            self.listener.total, self.listener.capacity = self.total, self.capacity
+            self.listener.starts = (torch.zeros(1) if self.mask is None else self.mask.argmax(-1)).long()
 
 
 def cache_name(model: PreTrainedModel) -> str:

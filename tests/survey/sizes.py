@@ -13,7 +13,8 @@ WINDOW, TOP, POSITIONS = 16, 12, 256
 RULES: list[tuple[str, Any]] = [
     (r".*(vocab_size|unpadded_vocab|group_vocab).*", [VOCAB]),
     (r"qk_head_dim", [2 * HEAD_DIM]),
-    (r".*(hidden_size|hidden_size_global|_hidden_dim|projection_dim|output_dim)|d_model|n_embd|dim_model|(embed|emb)_dim", [HIDDEN]),
+    (r".*(hidden_size|_hidden_dim|projection_dim|output_dim)|hidden_size_global", [HIDDEN]),
+    (r"d_model|n_embd|dim_model|(embed|emb)_dim", [HIDDEN]),
     (r"embedding_size|word_embed_proj_dim|.*_(in|out)_dim|out_hidden_size|text_hidden_size", [HIDDEN]),
     (r"(.*_)?num_(hidden_)?layers|n_layers?|(decoder|encoder)_layers|layers|depth", [LAYERS]),
     (r"(.*num_)?(key_value|kv)_heads|kv_n_heads", [KV_HEADS]),
@@ -119,7 +120,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "step3p5": {"sliding_window": WINDOW, "layer_types": ALTERNATING},
     "wavtokenizer_encoder": {"codebook_dim": HIDDEN, "codebook_size": 8},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba": {
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD_DIM,
+        "layers_block_type": None,
+        "attn_layer_period": 1,
+        "attn_layer_offset": 0,
+    },
+    "zamba2": {"use_mem_rope": True},
 }
 # Types that are no language models by themselves, and why.
 ELSEWHERE = {
