@@ -151,6 +151,14 @@ def test_traces_of_a_patch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert faults(monkeypatch) == "after unpatching the model is not what it was"
 
 
+def test_errors_that_say_nothing_to_the_user_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: Any, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError("heads")
+
+    monkeypatch.setattr(hfpatch, "patch_model", fail)
+    assert faults(monkeypatch) == "KeyError: 'heads'"
+
+
 def test_types_refused_for_nothing_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(model: Any, *args: Any, **kwargs: Any) -> Any:
         raise hfpatch.UnsupportedModelError("it has no attention; use another")

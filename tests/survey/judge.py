@@ -20,7 +20,7 @@ from .record import Recorder
 from .scenario import Scenario, fitted, long, others, pads_are_seen, prefill, relative, rows_alone
 from .sizes import ELSEWHERE
 from .trace import changed, tree
-from .verdict import REFUSED, RIGHT, WRONG, Verdict, short
+from .verdict import NOT_BUILT, REFUSED, RIGHT, WRONG, Verdict, short
 
 TOLERANCE, AGREES, EFFECT = 2e-5, 1e-3, 1e-3
 PADDED, STATIC = "left padding", "static cache"
@@ -35,10 +35,10 @@ def judge(name: str) -> Verdict:
     start = time.process_time()
     try:
         model = build(name)
+        verdict.verdict = WRONG  # whatever is raised from here on
+        Judge(model, verdict).run()
     except Exception as error:
         verdict.reason = short(error)
-    else:
-        Judge(model, verdict).run()
     verdict.seconds = time.process_time() - start
     return verdict
 
@@ -70,7 +70,7 @@ class Judge:
             self._refused(str(error), stopped, seen, not changed(before, tree(self.model)))
             return
         if stopped:
-            self.verdict.reason = stopped
+            self.verdict.verdict, self.verdict.reason = NOT_BUILT, stopped
             return
         self._look(seen)
         hfpatch.unpatch_model(self.model)
