@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest test-floor lint types wheel clean
+.PHONY: demo test test-slow test-newest test-floor models lint types wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ define test-release
 	$(1)/bin/python -c "import transformers; print('Transformers', transformers.__version__)"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --third $(PART)
 endef
+
+# docs/models.md: every model type of the installed Transformers, patched and compared
+models: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(abspath $(BIN))/python -m survey --all --workers $(WORKERS) --write ../docs/models.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
