@@ -83,7 +83,7 @@ class Flux(Method):
                 "never looks back at dropped keys."
             )
         self.routers: Routers | None = None
-        self.needs = frozenset({"queries"}) if config.router == "learned" else frozenset()
+        self.needs = self.child.needs | ({"queries"} if config.router == "learned" else set())
         self.causality = "no" if config.router in ("learned", "oracle") else self.child.causality
         self._sparse_layers: set[int] = set()
         self.frequency: dict[int, Counter[str]] = defaultdict(Counter)

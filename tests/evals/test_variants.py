@@ -60,7 +60,7 @@ def test_other_specs_are_told_as_before(tmp_path, monkeypatch):
         ("c:window=3", UnknownMethodError, "no method called 'c'"),
         ("streaming:window", ConfigError, "not of the form name=value"),
         ("x" * 5000, UnknownMethodError, "no method"),
-        ("x/" * 5000, ConfigError, "cannot be read"),
+        ("x/" * 5000, ConfigError, "is neither a folder"),
         ("a\0b", ConfigError, "cannot be read"),
     ):
         with pytest.raises(error, match=part):

@@ -80,7 +80,8 @@ def test_decoding_remembers_the_prompt() -> None:
     with patched(model, "act", beta=0.2, threshold=THRESHOLD) as patch, torch.no_grad():
         cache = model(ids[:, :60], use_cache=True).past_key_values
         model(ids[:, 60:61], past_key_values=cache)
-        state = cache.layers[0].hfpatch_states["model.layers.0.self_attn"][(0, 1)]["act"]
+        (states,) = cache.layers[0].hfpatch_states.values()
+        state = states[(0, 1)]["act"]
         assert state.sums.shape == (2, 8, 61) and state.counts[[0, 59, 60]].tolist() == [61.0, 2.0, 1.0]
         assert not patch.report().fallbacks()
 

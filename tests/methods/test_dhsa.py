@@ -12,7 +12,7 @@ import zoo
 from torch import Tensor
 
 from hfpatch import ConfigError, get_method, patched
-from hfpatch.call import AttentionCall
+from hfpatch.call import AttentionCall, Forward
 from hfpatch.dhsa import boundaries
 from hfpatch.dhsa.rotary import Rotary
 from hfpatch.dhsa.score import score_chunks
@@ -291,8 +291,9 @@ def test_layers_share_with_their_leader(share: str, span: int) -> None:
     m = method(share=share, share_span=span)
     m.prepare(torch.nn.Identity(), [1, 2, 3, 5])
     calls = [call(111, 111, seed=n) for n in range(4)]
+    forward = Forward()
     for c, layer in zip(calls, [1, 2, 3, 5], strict=True):
-        c.layer = layer
+        c.layer, c.forward = layer, forward
     masks = [mask(m.select(c), c) for c in calls]
     same = [torch.equal(a, b) for a, b in pairwise(masks)]
     if share == "selection":

@@ -72,7 +72,9 @@ class Oracle(Listener):
         return attend
 
     def _phase(self, queries: int) -> str:
-        return "decode" if queries == 1 else "chunk" if self.total > queries else "prefill"
+        if queries == 1 or (self.total > queries and queries <= self.method.steps):
+            return "decode"
+        return "chunk" if self.total > queries else "prefill"
 
     def _mask(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """The model's own mask and the method's as one additive mask."""

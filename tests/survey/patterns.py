@@ -11,7 +11,7 @@ from torch import Tensor
 
 SINK, WINDOW = 2, 8
 PAGE, BUDGET, FEWEST_PAGES = 4, 16, 3
-FEW = 32
+FEW = 32  # tokens after earlier ones that are decode steps, for methods that act in these
 Pattern = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -21,13 +21,8 @@ def streaming(q: Tensor, k: Tensor, i: Tensor, j: Tensor, starts: Tensor) -> Ten
     return (real >= 0) & ((real < SINK) | (i[:, None] - j < WINDOW))
 
 
-def quest(q: Tensor, k: Tensor, i: Tensor, j: Tensor, starts: Tensor) -> Tensor | None:
-    """Keys kept `[B, Hq, Lq, Lk]`: the pages with the highest bounds on q k, read from all keys anew.
-
-    None for prompts and long chunks; each query of a short chunk after earlier tokens is a decode step.
-    """
-    if q.shape[2] == k.shape[2] or q.shape[2] > FEW:
-        return None
+def quest(q: Tensor, k: Tensor, i: Tensor, j: Tensor, starts: Tensor) -> Tensor:
+    """Keys kept `[B, Hq, Lq, Lk]` of each query: the pages with the highest bounds on q k, read from all keys anew."""
     keep = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
     for row, start in enumerate(starts.tolist()):
         for n, last in enumerate(i.tolist()):
@@ -52,14 +47,15 @@ def _best_pages(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of a method of hfpatch, what they keep, and the phases it acts in."""
+    """Settings of a method of hfpatch, what they keep, the phases it acts in, and what counts as steps of decoding."""
 
     settings: dict[str, Any]
     pattern: Pattern
     phases: tuple[str, ...] = ("prefill", "chunk", "decode")
+    steps: int = 1
 
 
 METHODS = {
     "streaming": Method({"sink": SINK, "window": WINDOW}, streaming),
-    "quest": Method({"min_length": 0, "page": PAGE, "budget": BUDGET}, quest, ("decode",)),
+    "quest": Method({"min_length": 0, "page": PAGE, "budget": BUDGET}, quest, ("decode",), FEW),
 }
