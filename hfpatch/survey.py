@@ -1,5 +1,6 @@
 """Which attention layers a model has: those of its text decoder that go through the AttentionInterface, by kind."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,10 +138,19 @@ def _kind(name: str, module: Any, source: AttentionSource) -> str:
         return "native-sparse" if choosing and label != "full_attention" else "full"
     if choosing:
         return "native-sparse"
-    if getattr(module, "is_sliding", False) or getattr(module, "sliding_window", None):
+    if getattr(module, "is_sliding", False):
         return "sliding"
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return "sliding" if windowed or any(part.startswith("local") for part in name.split(".")) else "full"
+    if (windowed or getattr(module, "sliding_window", None)) and _makes_windows(module, source):
+        return "sliding"
+    return "sliding" if any(part.startswith("local") for part in name.split(".")) else "full"
+
+
+def _makes_windows(module: nn.Module, source: AttentionSource) -> bool:
+    """Whether a model's code does more with the size of a window than keep it; of others' code that is not known."""
+    file = sys.modules.get(type(module).__module__)
+    names = {*source.scope, *source.named, *(vars(file) if file else ())}
+    return not type(module).__module__.startswith("transformers.") or any("sliding" in n for n in names)
 
 
 def _refusal(model: nn.Module, foreign: set[str], bidirectional: bool) -> str:
