@@ -18,6 +18,12 @@ class RowGroup(NamedTuple):
     start: int
     stop: int
 
+    def cut(self, x: Tensor, start: int, stop: int, dim: int = 2) -> Tensor:
+        """These rows and positions `start..stop` along `dim` of `x`."""
+        if len(self.rows) != x.shape[0]:
+            x = x[list(self.rows)] if len(self.rows) > 1 else x[self.rows[0] : self.rows[0] + 1]
+        return x if (start, stop) == (0, x.shape[dim]) else x.narrow(dim, start, max(stop - start, 0))
+
 
 def row_groups(mask: Tensor | None, batch: int, lq: int, total: int, asker: int | None = None) -> list[RowGroup] | str:
     """Rows grouped by the range of their real tokens among `total` keys, or the reason why that is impossible.

@@ -187,9 +187,9 @@ class LayerRuntime:
         if len(group.rows) != q.shape[0] or start or stop != keys or group.start or group.stop != raw.total:
             off = raw.total - q.shape[2]
             first, last = max(group.start - off, 0), max(group.stop - off, 0)
-            q, k, v = _cut(q, group, first, last), _cut(k, group, start, stop), _cut(v, group, start, stop)
-            hidden = None if hidden is None else _cut(hidden, group, first, last, 1)
-            queries = None if queries is None else _cut(queries, group, first, last, 1)
+            q, k, v = group.cut(q, first, last), group.cut(k, start, stop), group.cut(v, start, stop)
+            hidden = None if hidden is None else group.cut(hidden, first, last, 1)
+            queries = None if queries is None else group.cut(queries, first, last, 1)
         return AttentionCall(
             layer=self.layer, num_layers=self.num_layers, phase=phase, q=q, k=k, v=v,
             scale=raw.scale, softcap=raw.softcap, sinks=raw.sinks, rows=group.rows,
@@ -293,11 +293,3 @@ def _leaves_base(raw: RawCall, plans: list[Plan]) -> bool:
     if len(plans) != 1 or raw.q.shape[2] != 1 or not plans[0].fits_one_query:
         return False
     return raw.base_name == "sdpa" and beats_sdpa(plans[0].call)
-
-
-def _cut(x: Tensor, group: RowGroup, start: int, stop: int, dim: int = 2) -> Tensor:
-    """The rows of `group` and positions `start..stop` of `x`."""
-    rows = group.rows
-    if len(rows) != x.shape[0]:
-        x = x[list(rows)] if len(rows) > 1 else x[rows[0] : rows[0] + 1]
-    return x if (start, stop) == (0, x.shape[dim]) else x.narrow(dim, start, max(stop - start, 0))
