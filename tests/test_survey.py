@@ -173,7 +173,7 @@ def test_types_refused_for_nothing_are_found(monkeypatch: pytest.MonkeyPatch) ->
         (1e-5, 0.0, [], []),
         (1e-4, 0.0, ["x: off by 1.0e-04"], []),
         (1e-4, 5e-5, [], []),
-        (1e-2, 0.5, [], ["x: not judged, the unpatched model is off by 5e-01 itself"]),
+        (1e-2, 0.5, [], ["x: not judged, explicit masks alone are off by 5e-01"]),
         (float("nan"), 0.0, ["x: off by nan"], []),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from survey.build import CAUSAL, VISION, build
 from survey.judge import judge
 from survey.verdict import REFUSED, RIGHT
@@ -39,6 +40,9 @@ def known(name: str) -> None:
         pytest.skip(f"Transformers {transformers.__version__} has no {name}")
 
 
+@pytest.mark.skipif(
+    zoo.RELEASE < (5, 24), reason="older releases write these models differently; the counts are of 5.24"
+)
 @pytest.mark.parametrize("name", TAKEN)
 def test_layers_of_the_text_decoder_are_taken_and_right(name: str) -> None:
     known(name)
