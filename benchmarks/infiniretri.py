@@ -14,13 +14,14 @@ import time
 from typing import Any
 
 import torch
-from hfpatch.evals.memory import peak_reader, trim
+from hfpatch.evals.jobs.memory import peak_reader, trim
 from hfpatch.evals.tasks.answers import holds
-from hfpatch.evals.tasks.sources import sentences
 from hfpatch.evals.tasks.stream import stream
-from hfpatch.evals.testbed import load, text
+from hfpatch.evals.testbed import load
 
 from hfpatch import patched
+from hfpatch.text import grammar as text
+from hfpatch.text.sources import sentences
 
 SETTINGS: dict[str, Any] = {
     "layers": [2], "template": "{context}{question}", "chunk_tokens": 512, "top_tokens": 64, "keep_budget": 128,

@@ -3,8 +3,9 @@
 from difflib import get_close_matches
 from pathlib import Path
 
+from hfpatch.text import grammar as text
+
 from ..errors import EvaluationError
-from ..testbed import text
 from . import facts
 from .base import Sample, Task
 from .perplexity import Bucket, PerplexityByPosition

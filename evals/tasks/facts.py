@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from itertools import pairwise
 
-from ..testbed import text
+from hfpatch.text import grammar as text
 
 _KEY_PAIRS = len(text.ADJECTIVES) * len(text.NOUNS)
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]

@@ -7,11 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hfpatch.text import grammar as text
+from hfpatch.text.sources import sentences
+
 from ..errors import EvaluationError
-from ..testbed import text
 from .base import Sample, Task, even_depth
 from .layout import Layout, compose
-from .sources import sentences
 
 _NUMBER = re.compile(r"\d{5,}")
 _LEAD = re.compile(r" (?:Answer|Result):| Topic:")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from . import text
+from hfpatch.text import grammar as text
 
 IGNORE, FILLER = -100, -101
 HELD_OUT = ("emma", "moonstone", "great-expectations")

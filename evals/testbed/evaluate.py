@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ... import patched
-from . import CHECKPOINT, text
+from hfpatch import patched
+from hfpatch.text import grammar as text
+
+from . import CHECKPOINT
 
 HAYSTACKS = {"grammar": text.grammar_sentences, "prose": text.prose_sentences}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from . import text
+from hfpatch.text import grammar as text
 
 VOCAB_SIZE = 4096
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 from hfpatch.evals.errors import EvaluationError
-from hfpatch.evals.models import Loaded
-from hfpatch.evals.niah import NiahJob
+from hfpatch.evals.jobs.niah import NiahJob
+from hfpatch.evals.run.models import Loaded
 from hfpatch.evals.tasks import get_task, harness
 from hfpatch.evals.tasks.filling import little
 from hfpatch.evals.tasks.layout import compose, count_tokens
-from hfpatch.evals.tasks.pieces import cut, split
-from hfpatch.evals.tasks.sources import sentences
 from hfpatch.evals.tasks.stream import stream
-from hfpatch.evals.testbed import text
 from test_tasks import byte_tokenizer, word_tokenizer
 from tokenizers import Regex, normalizers
+
+from hfpatch.text import grammar as text
+from hfpatch.text.pieces import cut, split
+from hfpatch.text.sources import sentences
 
 DRAW = random.Random(0)
 FACT = text.needle("brisk-otter", "123456")

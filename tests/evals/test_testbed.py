@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 from hfpatch.evals import testbed
-from hfpatch.evals.testbed import text
 from hfpatch.evals.testbed.evaluate import cell
 from hfpatch.evals.testbed.train import main as train
 
 from hfpatch import PatchConfig, patched
+from hfpatch.text import grammar as text
 
 
 @pytest.fixture(scope="module")

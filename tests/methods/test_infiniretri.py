@@ -13,8 +13,8 @@ from tiny_tokenizer import VOCAB, byte_tokenizer
 
 from hfpatch import ConfigError, HfpatchError, NothingPatchedError, get_patch, patch_model, patched
 from hfpatch.errors import InputError
-from hfpatch.infiniretri.prompt import make_prompt, tokenize
-from hfpatch.infiniretri.sentences import chunks, faithful_end, plain_end, sentences
+from hfpatch.methods.infiniretri.prompt import make_prompt, tokenize
+from hfpatch.methods.infiniretri.sentences import chunks, faithful_end, plain_end, sentences
 
 TEXT = "".join(f"The {a} fox number {n} sleeps near the old mill. " for n, a in enumerate(["red", "blue", "odd"] * 14))
 QUESTION = "Where does the blue fox sleep?"
@@ -140,7 +140,7 @@ def test_resumes_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_composes_with_a_patch_underneath() -> None:
-    from hfpatch.registry import make_config
+    from hfpatch.config.registry import make_config
 
     model = tiny()
     methods = [
@@ -281,7 +281,9 @@ def test_layers_are_ranked_by_what_they_find() -> None:
 
 
 def test_the_embedded_model_retrieves_in_layer_2() -> None:
-    from hfpatch.evals.testbed import load, text
+    from hfpatch.evals.testbed import load
+
+    from hfpatch.text import grammar as text
 
     model, tokenizer = load()
     with patched(model, "infiniretri", template="{context}{question}", chunk_tokens=512) as patch:

@@ -17,7 +17,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedModel
 import hfpatch
 import hfpatch.api as api
 from hfpatch import AlreadyPatchedError, HfpatchError, NotPatchedError, get_patch, patch_model, patched, unpatch_model
-from hfpatch.injection import RUNTIME
+from hfpatch.runtime.injection import RUNTIME
 
 STREAMING: dict[str, Any] = {"method": "streaming", "sink": 2, "window": 8}
 SHARED: dict[str, Any] = {
@@ -225,7 +225,7 @@ def interrupted_at(line: int) -> Iterator[list[int]]:
 
     Not between the steps of a `with` block itself, which Python does not let anyone guard.
     """
-    count, files = [0], (api.__file__, hfpatch.injection.__file__)
+    count, files = [0], (api.__file__, hfpatch.runtime.injection.__file__)
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
         if frame.f_code.co_filename not in files:

@@ -1,0 +1,3 @@
+"""The `hfpatch` command."""
+
+from .main import main as main

@@ -1,0 +1,5 @@
+"""`python -m hfpatch.cli`."""
+
+from .main import main
+
+main()

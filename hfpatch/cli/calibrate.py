@@ -1,0 +1,24 @@
+"""`hfpatch calibrate METHOD`: modules of `hfpatch.calibrate` add their commands, loaded only when asked for."""
+
+import importlib
+import pkgutil
+import sys
+
+import typer
+
+from .. import calibrate
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the group `calibrate`."""
+    group = typer.Typer(no_args_is_help=True, help="Train or search what some methods need to know about a model.")
+
+    @group.callback()
+    def _group() -> None: ...
+
+    if "calibrate" in sys.argv[1:2]:
+        for name in sorted(m.name for m in pkgutil.iter_modules(calibrate.__path__)):
+            module = importlib.import_module(f"{calibrate.__name__}.{name}")
+            if hasattr(module, "add_commands"):
+                module.add_commands(group)
+    app.add_typer(group, name="calibrate")
