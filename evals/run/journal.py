@@ -37,7 +37,8 @@ class Journal:
 
     def __post_init__(self) -> None:
         self._lock = FileLock(self.path)
-        self._empty = True
+        self._empty = self._ends = True
+        self._kept: int | None = None  # bytes, once they have been read
 
     def open(self) -> "Journal":
         """Read what is there and keep others from writing until `close`, or the end of this object or process.
@@ -54,14 +55,14 @@ class Journal:
                 f"{self.path.parent} is in use by another run; wait until it ends, or choose another --out."
             )
         try:
-            return self._read(mend=True)
+            return self._read()
         except BaseException:
             self.close()
             raise
 
     def read(self) -> "Journal":
         """As `open`, of a journal that another process keeps: nothing is written."""
-        return self._read(mend=False)
+        return self._read()
 
     def close(self) -> None:
         """Let others write."""
@@ -86,21 +87,24 @@ class Journal:
         return self._damaged(self.lines.get(key, 1), reason)
 
     def _append(self, text: bytes) -> None:
+        """Write after the last whole line; what a crash has left of one is cut off, and one without its end ended."""
+        text = text if self._ends else b"\n" + text
         with self.path.open("ab", buffering=0) as file:
-            before = file.tell()
+            kept = file.truncate(self._kept)
             try:
                 if file.write(text) < len(text):
                     raise OSError(28, "No space left on device")
                 os.fsync(file.fileno())
+                self._kept, self._ends = kept + len(text), True
             except BaseException as error:
-                file.truncate(before)  # half a line would make the next one unreadable
+                file.truncate(kept)  # half a line would make the next one unreadable
                 if not isinstance(error, OSError):
                     raise
                 raise EvaluationError(
                     f"{self.path} cannot be written ({error.strerror}); start again, all cells in it are kept."
                 ) from error
 
-    def _read(self, *, mend: bool) -> "Journal":
+    def _read(self) -> "Journal":
         try:
             raw = self.path.read_bytes() if self.path.exists() else b""
         except OSError as error:
@@ -116,8 +120,8 @@ class Journal:
         for n, line in enumerate(data[1:], 2):
             self._check_cell(n, line)
             self.done[line["cell"]], self.lines[line["cell"]] = line, n
-        if mend and tail:
-            self._end_last_line(len(tail) if torn else 0)
+        self._kept = len(raw) - len(tail) if torn else len(raw)
+        self._ends = torn or not tail
         return self
 
     @staticmethod
@@ -129,15 +133,6 @@ class Journal:
             left = tail.rstrip(b"\0")
             return left.startswith(start) or start.startswith(left)
         return False
-
-    def _end_last_line(self, torn: int) -> None:
-        """Cut off a torn line of so many bytes, or end one that lacks only its line feed."""
-        with self.path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if torn:
-                file.truncate(size - torn)
-            else:
-                file.write(b"\n")
 
     def _line(self, number: int, text: bytes) -> Any:
         try:

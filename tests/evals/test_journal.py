@@ -100,9 +100,10 @@ def test_a_torn_last_line_is_dropped_and_its_cell_run_again(name: str, tmp_path:
         assert (tmp_path / "cells.jsonl").read_bytes() == whole + TORN[name], "reading changes nothing"
         found = journal(tmp_path).open()
         assert set(found.done) == done
-        assert found.path.read_bytes() == whole
+        assert found.path.read_bytes() == whole + TORN[name], "nor does opening"
         found.add("a", {"data": {}})
         found.close()
+        assert found.path.read_bytes().startswith(whole + b'{"cell": "a", "data": {}}')
         assert set(journal(tmp_path).open().done) == {*done, "a"}
 
 
@@ -111,9 +112,15 @@ def test_a_torn_first_line_is_nothing_and_a_whole_last_one_is_kept(tmp_path: Pat
     assert not journal(tmp_path).open().done
     (tmp_path / "cells.jsonl").write_bytes(HEAD + CELL[:-1])
     found = journal(tmp_path).open()
-    assert set(found.done) == {"a"} and found.path.read_bytes() == HEAD + CELL
+    assert set(found.done) == {"a"} and found.path.read_bytes() == HEAD + CELL[:-1]
     found.add("b", {})
-    assert found.path.read_bytes().count(b"\n") == 3
+    assert found.path.read_bytes().startswith(HEAD + CELL) and found.path.read_bytes().count(b"\n") == 3
+
+
+def test_what_has_not_been_read_is_not_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "cells.jsonl").write_bytes(HEAD + OTHER)
+    journal(tmp_path).add("a", {})
+    assert (tmp_path / "cells.jsonl").read_bytes().startswith(HEAD + OTHER)
 
 
 def test_nothing_is_written_before_the_first_cell(tmp_path: Path) -> None:
