@@ -8,7 +8,7 @@ from .core.call import AttentionCall
 from .core.method import Method
 from .core.report import Report
 from .core.reweight import Columns
-from .core.selection import BlockMap, Causal, Predicate, Rows, SinkWindow
+from .core.selection import BlockMap, Causal, Predicate, Rows, Selection, SinkWindow
 from .errors import (
     AlreadyPatchedError,
     CacheError,
@@ -45,6 +45,7 @@ __all__ = [
     "Report",
     "Rows",
     "SaveError",
+    "Selection",
     "SinkWindow",
     "UnknownMethodError",
     "UnsupportedModelError",

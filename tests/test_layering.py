@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,3 +114,18 @@ def test_every_folder_is_a_room() -> None:
 def test_the_model_library_is_known_to_the_runtime_only(what: str) -> None:
     package = [p for name, p in MODULES.items() if not name.startswith("hfpatch.evals")]
     assert {p.parent.name for p in package if what in p.read_text(encoding="utf-8")} <= {"runtime"}
+
+
+def test_the_walk_through_a_call_names_what_is_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`(hfpatch/[\w/]+\.py)`", page))
+    assert len(files) > 12 and not [f for f in files if not (ROOT / f).is_file()]
+    places = re.findall(r'"([\w.]+)(?:, [\w, ]+)?: ([\w/]+\.py)"', page)
+    assert len(places) > 8
+    for name, file in places:
+        text = (ROOT / "hfpatch" / file).read_text(encoding="utf-8")
+        *cls, function = name.split(".")
+        assert re.search(rf"(def|class) {function}\b", text) and all(f"class {c}" in text for c in cls), (name, file)
+    for folder in FOLDERS.values():
+        for room_ in (p.name for p in folder.iterdir() if (p / "__init__.py").is_file() and p.name != "integrations"):
+            assert f"{folder.name}/{room_}`" in page or f"`{room_}`" in page, room_

@@ -221,7 +221,7 @@ def test_threads_may_fight_over_a_model() -> None:
 
 @contextmanager
 def interrupted_at(line: int) -> Iterator[list[int]]:
-    """Ctrl-C at the n-th line that is run inside hfpatch/api.py and hfpatch/injection.py, once.
+    """Ctrl-C at the n-th line that is run inside hfpatch/api.py and hfpatch/runtime/injection.py, once.
 
     Not between the steps of a `with` block itself, which Python does not let anyone guard.
     """
