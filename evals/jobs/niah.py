@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from hfpatch.text import grammar as text
+from hfpatch.text import grammar
 from hfpatch.text.sources import sentences
 
 from ..run.cells import Cell, CellResult, Data, Session
@@ -68,10 +68,10 @@ class NiahJob:
         for depth in self.depths:
             for index in range(self.samples):
                 rng = random.Random(f"{self.label}-{seed}-{length}-{depth}-{index}")
-                key, value = text.random_key(rng), text.random_value(rng)
+                key, value = grammar.random_key(rng), grammar.random_value(rng)
                 found = compose(
-                    loaded.tokenizer, [text.needle(key, value)], [depth / 100], sentences(self.haystack, rng), length,
-                    tail=text.question(key),
+                    loaded.tokenizer, [grammar.needle(key, value)], [depth / 100], sentences(self.haystack, rng),
+                    length, tail=grammar.question(key),
                 )  # fmt: skip
                 made.append(Sample(found.prompt, value, found.tokens, depth / 100, found.depths[0], index))
         return made

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from hfpatch.api import Patch
-from hfpatch.text import grammar as text
+from hfpatch.text import grammar
 from hfpatch.text.sources import sentences
 
 from ..errors import EvaluationError
@@ -84,14 +84,14 @@ class ReaderJob:
             for index in range(self.samples):
                 rng = random.Random(f"{self.label}-{seed}-{length}-{depth}-{index}")
                 if self.facts == "tracking":
-                    asked = text.tracking(rng)
+                    asked = grammar.tracking(rng)
                     places = sorted(rng.random() for _ in asked.facts)
                     question, answer = asked.turns[0]
                     yield Question(asked.facts, places, question, answer.strip(" ."), rng, depth / 100, index)
                     continue
-                key, value = text.random_key(rng), text.random_value(rng)
-                facts = [text.needle(key, value)]
-                yield Question(facts, [depth / 100], text.question(key), value, rng, depth / 100, index)
+                key, value = grammar.random_key(rng), grammar.random_value(rng)
+                facts = [grammar.needle(key, value)]
+                yield Question(facts, [depth / 100], grammar.question(key), value, rng, depth / 100, index)
 
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Answer every question of one length under one variant."""

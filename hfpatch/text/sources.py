@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import EvaluationError
-from . import grammar as text
+from . import grammar
 from .pieces import split
 
 HUB = "hub:"
@@ -21,9 +21,9 @@ def sentences(source: str, rng: random.Random) -> Iterator[str]:
     Raises EvaluationError.
     """
     if source == "grammar":
-        return text.grammar_sentences(rng)
+        return grammar.grammar_sentences(rng)
     if source == "prose":
-        return text.prose_sentences(rng)
+        return grammar.prose_sentences(rng)
     return _around(_read(source), rng)
 
 

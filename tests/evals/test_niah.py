@@ -12,7 +12,7 @@ from hfpatch.evals.run.models import Loaded
 from hfpatch.evals.run.variants import parse_variants
 from hfpatch.evals.tasks.layout import compose, count_tokens
 
-from hfpatch.text import grammar as text
+from hfpatch.text import grammar
 from hfpatch.text.sources import sentences
 
 
@@ -20,7 +20,7 @@ def fill(tokenizer, source, needle, tail, length, depth):
     return compose(tokenizer, [needle], [depth], source, length, tail=tail)
 
 
-NEEDLE, TAIL = text.needle("brisk-otter", "123456"), text.question("brisk-otter")
+NEEDLE, TAIL = grammar.needle("brisk-otter", "123456"), grammar.question("brisk-otter")
 
 
 @pytest.mark.parametrize("source", ["grammar", "prose"])
@@ -76,7 +76,7 @@ def test_scores_follow_the_text_and_record_the_question(model, tokenizer, monkey
     values = {s.prompt: s.value for s in job.build(session.loaded, 256, 0)}
 
     def answer(model, tokenizer, prompts, room):
-        return [f" {values[p]}." if p.startswith(text.needle("", "")[:15]) else " 000000." for p in prompts]
+        return [f" {values[p]}." if p.startswith(grammar.needle("", "")[:15]) else " 000000." for p in prompts]
 
     monkeypatch.setattr("hfpatch.evals.jobs.niah.complete", answer)
     results = {cell: job.run(cell, session) for cell in job.cells(session.variants)}

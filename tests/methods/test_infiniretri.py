@@ -283,11 +283,11 @@ def test_layers_are_ranked_by_what_they_find() -> None:
 def test_the_embedded_model_retrieves_in_layer_2() -> None:
     from hfpatch.evals.testbed import load
 
-    from hfpatch.text import grammar as text
+    from hfpatch.text import grammar
 
     model, tokenizer = load()
     with patched(model, "infiniretri", template="{context}{question}", chunk_tokens=512) as patch:
-        ranked = patch.rank_layers(tokenizer=tokenizer, question=text.question("{key}"), probes=4)
+        ranked = patch.rank_layers(tokenizer=tokenizer, question=grammar.question("{key}"), probes=4)
     assert ranked[0] == (2, 1.0) and ranked[1][1] < 0.9
 
 

@@ -52,11 +52,11 @@ def built_in_example(tokenizer: Any, task: str, length: int, rng: random.Random)
 
     `prose` and `grammar` are to be continued from half-way, `copying` says the last sentence again.
     """
-    from ...text import grammar as text
+    from ...text import grammar
 
-    facts = text.TASKS[task](rng) if task not in HOLISTIC else None
+    facts = grammar.TASKS[task](rng) if task not in HOLISTIC else None
     novels = task == "prose" or (task != "grammar" and rng.random() < 0.5)
-    source = text.prose_sentences(rng) if novels else text.grammar_sentences(rng)
+    source = grammar.prose_sentences(rng) if novels else grammar.grammar_sentences(rng)
     room = length * 0.9 - (sum(_count(tokenizer, f) for f in facts.facts) if facts else 0)
     body: list[str] = []
     while room > 0:

@@ -39,7 +39,7 @@ def rank_layers(
     Each probe is a chunk of `settings.chunk_tokens` tokens of made-up sentences with one needle, or of as many as the
     model's positions leave room for; `question` has {key}.
     """
-    from ...text import grammar as text
+    from ...text import grammar
 
     if tokenizer is None or not callable(tokenizer):
         raise InputError("Pass the model's tokenizer: rank_layers(tokenizer=tokenizer).")
@@ -53,14 +53,14 @@ def rank_layers(
     with patched_with(model, [watch]):
         for n in range(probes):
             rng = random.Random(f"probe-{seed}-{n}")
-            key = text.random_key(rng)
+            key = grammar.random_key(rng)
             prompt = make_prompt(tokenizer, settings.template, question.replace("{key}", key), settings.chat)
-            said, source, size = list[list[int]](), text.grammar_sentences(rng), 0
+            said, source, size = list[list[int]](), grammar.grammar_sentences(rng), 0
             while size < length:
                 said.append(tokenize(tokenizer, next(source) + " "))
                 size += len(said[-1])
             place = rng.randrange(len(said))
-            said[place] = tokenize(tokenizer, text.needle(key, text.random_value(rng)) + " ")
+            said[place] = tokenize(tokenizer, grammar.needle(key, grammar.random_value(rng)) + " ")
             watch.asked, watch.views = len(prompt.tail), {}
             batch = left_padded([prompt.ids([t for ids in said for t in ids])], 0, getattr(model, "device", None))
             model(**batch, use_cache=False, logits_to_keep=1)
