@@ -92,10 +92,8 @@ def test_samples_begin_at_different_places(tmp_path, tokenizer):
 
 
 def test_english_sentences_are_what_they_were():
-    for source in (
-        grammar.PROSE_FILE.read_text(encoding="utf-8"),
-        '"Oh!" said he. (A b.) "No.\n\nYes" 5 p.m. He left.',
-    ):
+    prose = grammar.PROSE_FILE.read_text(encoding="utf-8")
+    for source in (prose, '"Oh!" said he. (A b.) "No.\n\nYes" 5 p.m. He left.'):
         assert [" ".join(pieces) for pieces in split(source)] == grammar.split_sentences(source)
     assert all(len(pieces) == 1 for pieces in split(prose))
 
