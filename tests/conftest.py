@@ -1,6 +1,8 @@
 """Seeds every test and fills uninitialised memory with NaN, so that a buffer nobody wrote is seen."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported; without a GPU nothing else uses it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and so in subprocesses
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
