@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from hfpatch import PatchConfig, patched
 from hfpatch.calibrate.flux.examples import HOLISTIC, RETRIEVAL, built_in_example
 from hfpatch.calibrate.flux.ranking import rank_layers
-from hfpatch.methods.flux.method import FluxConfig
+from hfpatch.methods.flux import FluxConfig
 from hfpatch.text.prompt_ids import prompt_ids
 
 UNSEEN = ("multineedle", "tracking", "fewshot")

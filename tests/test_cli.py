@@ -7,8 +7,7 @@ import pytest
 from hfpatch.evals.run.variants import parse_settings, parse_variants
 from tiny_llama import save_tiny
 
-from hfpatch import PatchConfig
-from hfpatch.cli import main as cli
+from hfpatch import PatchConfig, cli
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_llama import save_tiny
 
+from hfpatch import cli
 from hfpatch.calibrate import act, gated, zerotuning
-from hfpatch.calibrate.dhsa.training import command as dhsa_command
-from hfpatch.calibrate.flux.command import command as flux
+from hfpatch.calibrate.dhsa import command as dhsa_command
+from hfpatch.calibrate.flux import command as flux
 from hfpatch.cli import evaluate as cli_eval
-from hfpatch.cli import main as cli
 from hfpatch.cli.console import LONGEST, one_line
 from hfpatch.cli.options import numbers
 from hfpatch.errors import ConfigError

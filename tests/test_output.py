@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_llama import save_tiny
 
-from hfpatch.cli import main as cli
+from hfpatch import cli
 from hfpatch.errors import ConfigError
 from hfpatch.files.output import own_folder, writable, write_json
 

@@ -20,7 +20,7 @@ from hfpatch import ConfigError, HfpatchError, PatchConfig, get_method, patch_mo
 from hfpatch.config import registry
 from hfpatch.config.registry import make_config
 from hfpatch.methods.act import ACTConfig
-from hfpatch.methods.flux.method import FluxConfig
+from hfpatch.methods.flux import FluxConfig
 from hfpatch.methods.gated.method import GatedConfig
 from hfpatch.methods.head_scale import HeadScaleConfig
 from hfpatch.methods.streaming import StreamingConfig

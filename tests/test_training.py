@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfpatch import PatchConfig, get_patch, patched
-from hfpatch.methods.dhsa.method import DhsaConfig
+from hfpatch.methods.dhsa import DhsaConfig
 from hfpatch.methods.dhsa.predictor import BoundaryPredictor
-from hfpatch.methods.flux.method import FluxConfig
+from hfpatch.methods.flux import FluxConfig
 from hfpatch.methods.flux.router import Routers
 
 LENGTH = 63

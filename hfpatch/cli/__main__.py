@@ -1,5 +1,5 @@
 """`python -m hfpatch.cli`."""
 
-from .main import main
+from . import main
 
 main()

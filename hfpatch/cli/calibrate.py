@@ -17,7 +17,8 @@ def add_commands(app: typer.Typer) -> None:
     def _group() -> None: ...
 
     if "calibrate" in sys.argv[1:2]:
-        for name in sorted(m.name for m in pkgutil.iter_modules(calibrate.__path__)):
+        for found in sorted(pkgutil.iter_modules(calibrate.__path__), key=lambda m: m.name):
+            name = f"{found.name}.command" if found.ispkg else found.name
             module = importlib.import_module(f"{calibrate.__name__}.{name}")
             if hasattr(module, "add_commands"):
                 module.add_commands(group)

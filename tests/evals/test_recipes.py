@@ -107,7 +107,7 @@ def test_malformed_patch_config_is_one_sentence_with_file_and_line(tmp_path, nam
 
 @pytest.mark.parametrize("kind, name", [("recipe", n) for n in BAD_RECIPES] + [("config", n) for n in BAD_CONFIGS])
 def test_malformed_file_leaves_the_command_with_one_line_and_code_2(kind, name, tmp_path, monkeypatch, capsys):
-    from hfpatch.cli import main as cli
+    from hfpatch import cli
 
     text, line, _ = (BAD_RECIPES if kind == "recipe" else BAD_CONFIGS)[name]
     file = tmp_path / ("bad.yaml" if kind == "recipe" else "bad.json")

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from hfpatch.calibrate.flux.examples import Example
 from hfpatch.calibrate.flux.training import Recipe, Trainer
-from hfpatch.methods.flux.method import FluxConfig
+from hfpatch.methods.flux import FluxConfig
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])

@@ -248,7 +248,7 @@ def test_act_calibration_refuses_what_it_cannot_use() -> None:
 
 
 def test_act_calibration_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hfpatch.cli import main as cli
+    from hfpatch import cli
 
     words = ["calibrate", "act", "embedded", "--examples", "8", "--layers", "1", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["hfpatch", *words])

@@ -15,7 +15,7 @@ from hfpatch import ConfigError, get_method, patched
 from hfpatch.core.call import AttentionCall, Forward
 from hfpatch.core.selection import Selection
 from hfpatch.errors import InputError
-from hfpatch.methods.dhsa.method import KEY, Dhsa, boundaries
+from hfpatch.methods.dhsa import KEY, Dhsa, boundaries
 from hfpatch.methods.dhsa.rotary import Rotary
 from hfpatch.methods.dhsa.score import score_chunks
 from hfpatch.methods.dhsa.table import ChunkTable

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hfpatch import get_method
 from hfpatch.core.call import AttentionCall
-from hfpatch.methods.dhsa.method import KEY, Dhsa
-from hfpatch.methods.dhsa.method import table as module
+from hfpatch.methods.dhsa import KEY, Dhsa
+from hfpatch.methods.dhsa import table as module
 from hfpatch.methods.dhsa.rotary import Rotary
 from hfpatch.methods.dhsa.table import ChunkTable, chunk_sums
 

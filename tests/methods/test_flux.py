@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hfpatch import ConfigError, IncompatibleMethodsError, PatchConfig, UnsupportedModelError, get_patch, patched
 from hfpatch.config.registry import get_method, make_config
-from hfpatch.methods.flux.method import FluxConfig
+from hfpatch.methods.flux import FluxConfig
 from hfpatch.methods.flux.router import FULL, Router, Routers, pool_ends
 
 SPARSE = {"sparse": "streaming", "sparse_settings": {"sink": 2, "window": 8}}

@@ -12,14 +12,13 @@ import zoo
 from hfpatch.evals.testbed import load
 from safetensors.torch import load_file, save_file
 
-from hfpatch import ConfigError, PatchConfig, patched
+from hfpatch import ConfigError, PatchConfig, cli, patched
 from hfpatch.api import patched_with
 from hfpatch.calibrate.flux.examples import Example, built_in_examples, read_examples
 from hfpatch.calibrate.flux.ranking import matrix_entropy, rank_layers
 from hfpatch.calibrate.flux.training import Constraint, Recipe, Trainer
-from hfpatch.cli import main as cli
 from hfpatch.errors import InputError
-from hfpatch.methods.flux.method import FluxConfig
+from hfpatch.methods.flux import FluxConfig
 from hfpatch.methods.flux.published import convert_routers, projection_difference, read_published
 from hfpatch.methods.flux.router import Router, Routers
 

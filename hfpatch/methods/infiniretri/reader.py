@@ -1,10 +1,8 @@
 """The reading loop: one forward per chunk, kept sentences go in front of the next."""
 
 import contextlib
-import json
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,9 @@ from ...runtime.positions import position_limit, position_table
 from .prompt import Prompt, left_padded, make_prompt, tokenize
 from .scores import QuestionView, Seen
 from .sentences import Encoded, Sentence, chunks, faithful_end, plain_end, sentences
+from .state import ItemState, Kept, read_state, write_state
 
 Context = str | Iterable[str]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A sentence that was kept: its text, its character span in the context, its score in the last step."""
-
-    text: str
-    start: int
-    end: int
-    score: float
 
 
 @dataclass
@@ -214,43 +203,26 @@ class Reader:
         return {"settings": self.settings.to_dict(), "questions": [i.result.question for i in items]}
 
     def _save(self, items: list[_Item], where: Path | None, offset: int) -> None:
-        if where is None:
-            return
-        data = {"run": self._fingerprint(items), "offset": offset, "items": [_dump(i) for i in items]}
-        where.parent.mkdir(parents=True, exist_ok=True)
-        temporary = where.with_name(where.name + ".tmp")
-        temporary.write_text(json.dumps(data), encoding="utf-8")
-        os.replace(temporary, where)
+        if where is not None:
+            write_state(where, self._fingerprint(items), offset, [_dump(i) for i in items])
 
     def _resume(self, items: list[_Item], where: Path | None) -> int:
         if where is None or not where.exists():
             return 0
-        try:
-            data = json.loads(where.read_text(encoding="utf-8"))
-            same = data["run"] == self._fingerprint(items)
-            offset = int(data["offset"])
-            saved = data["items"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{where} is not a reading state; delete it to start again.") from error
-        if not same:
-            raise InputError(f"{where} belongs to other questions or settings; delete it or name another file.")
+        offset, saved = read_state(where, self._fingerprint(items))
         for item, state in zip(items, saved, strict=True):
             _load(item, state, self.tokenizer)
         return offset
 
 
-def _dump(item: _Item) -> dict[str, Any]:
-    weights = None if item.weights is None else item.weights.tolist()
-    return {"kept": [asdict(k) for k in item.result.kept], "path": item.result.path, "weights": weights}
+def _dump(item: _Item) -> ItemState:
+    return ItemState(item.result.kept, item.result.path, None if item.weights is None else item.weights.tolist())
 
 
-def _load(item: _Item, state: dict[str, Any], tokenizer: Any) -> None:
-    item.result.kept = [Kept(**k) for k in state["kept"]]
-    item.result.path = list(state["path"])
-    item.weights = None if state["weights"] is None else torch.tensor(state["weights"])
-    item.kept = [
-        Encoded(Sentence(k.text, k.start, k.end), tuple(tokenize(tokenizer, k.text))) for k in item.result.kept
-    ]
+def _load(item: _Item, state: ItemState, tokenizer: Any) -> None:
+    item.result.kept, item.result.path = state.kept, state.path
+    item.weights = None if state.weights is None else torch.tensor(state.weights)
+    item.kept = [Encoded(Sentence(k.text, k.start, k.end), tuple(tokenize(tokenizer, k.text))) for k in state.kept]
 
 
 def _pieces(context: Context, skip: int) -> Iterator[str]:
