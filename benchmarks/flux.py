@@ -23,8 +23,8 @@ from hfpatch.evals.testbed import load
 from torch import Tensor
 
 from hfpatch import PatchConfig, patched
-from hfpatch.flux.router import Routers
 from hfpatch.methods.flux import Flux, FluxConfig
+from hfpatch.methods.flux.router import Routers
 
 CHECKED_AT = 1111
 

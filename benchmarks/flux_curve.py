@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfpatch.evals.models import Loaded
-from hfpatch.evals.niah import NiahJob
+from hfpatch.evals.jobs.niah import NiahJob
+from hfpatch.evals.run.models import Loaded
 from hfpatch.evals.testbed import load
 from torch import Tensor
 from torch.nn import functional as F
 
 from hfpatch import PatchConfig, patched
-from hfpatch.flux.examples import HOLISTIC, RETRIEVAL, built_in_example
-from hfpatch.flux.ranking import rank_layers
+from hfpatch.calibrate.flux.examples import HOLISTIC, RETRIEVAL, built_in_example
+from hfpatch.calibrate.flux.ranking import rank_layers
 from hfpatch.methods.flux import FluxConfig
-from hfpatch.prompt_ids import prompt_ids
+from hfpatch.text.prompt_ids import prompt_ids
 
 UNSEEN = ("multineedle", "tracking", "fewshot")
 EVERY = ("needle", *HOLISTIC, *RETRIEVAL, *UNSEEN)

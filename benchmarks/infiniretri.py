@@ -14,13 +14,14 @@ import time
 from typing import Any
 
 import torch
-from hfpatch.evals.memory import peak_reader, trim
+from hfpatch.evals.jobs.memory import peak_reader, trim
 from hfpatch.evals.tasks.answers import holds
-from hfpatch.evals.tasks.sources import sentences
 from hfpatch.evals.tasks.stream import stream
-from hfpatch.evals.testbed import load, text
+from hfpatch.evals.testbed import load
 
 from hfpatch import patched
+from hfpatch.text import grammar
+from hfpatch.text.sources import sentences
 
 SETTINGS: dict[str, Any] = {
     "layers": [2], "template": "{context}{question}", "chunk_tokens": 512, "top_tokens": 64, "keep_budget": 128,
@@ -30,10 +31,10 @@ SETTINGS: dict[str, Any] = {
 def read_once(patch: Any, tokenizer: Any, length: int, seed: int) -> dict[str, float]:
     """Seconds by the clock and of the processor for one text, needle at a random depth."""
     rng = random.Random(f"{length}-{seed}")
-    key, value = text.random_key(rng), text.random_value(rng)
-    pieces = stream(tokenizer, [text.needle(key, value)], [rng.random()], sentences("prose", rng), length)
+    key, value = grammar.random_key(rng), grammar.random_value(rng)
+    pieces = stream(tokenizer, [grammar.needle(key, value)], [rng.random()], sentences("prose", rng), length)
     start, busy = time.perf_counter(), time.process_time()
-    found = patch.retrieve(pieces, text.question(key), tokenizer=tokenizer, progress=False)
+    found = patch.retrieve(pieces, grammar.question(key), tokenizer=tokenizer, progress=False)
     took = {"seconds": time.perf_counter() - start, "busy": time.process_time() - busy}
     return {**took, "chunks": found.chunks, "kept": float(holds(found.text, value))}
 

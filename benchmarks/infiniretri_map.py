@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hfpatch.evals.plots import heat_map
+from hfpatch.evals.report.plots import heat_map
 
 
 def pooled(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

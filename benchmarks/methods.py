@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hfpatch.evals.memory import GIVE_BACK, peak_reader, trim
-from hfpatch.evals.stats import apart, break_even, break_even_text, summarise
-from hfpatch.evals.variants import parse_variants
+from hfpatch.evals.jobs.memory import GIVE_BACK, peak_reader, trim
+from hfpatch.evals.run.stats import apart, break_even, break_even_text, summarise
+from hfpatch.evals.run.variants import parse_variants
 from torch import Tensor
 
 from hfpatch import get_method
-from hfpatch.call import AttentionCall
-from hfpatch.method import Method
+from hfpatch.core.call import AttentionCall
+from hfpatch.core.method import Method
+from hfpatch.core.selection import Selection, intersect
 from hfpatch.ops import attend
-from hfpatch.selection import Selection, intersect
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 Row = dict[str, Any]

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from hfpatch.evals.run.variants import Variant, parse_variants
 from hfpatch.evals.testbed import load
-from hfpatch.evals.variants import Variant, parse_variants
 from torch import Tensor
 
 Times = dict[str, list[float]]

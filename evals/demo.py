@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from .bench import LatencyJob
-from .niah import NiahJob
-from .runner import Run
-from .stats import break_even_text
-from .variants import DENSE, parse_variants
+from .jobs.latency import LatencyJob
+from .jobs.niah import NiahJob
+from .run.runner import Run
+from .run.stats import break_even_text
+from .run.variants import DENSE, parse_variants
 
 WINDOW = 512
 PATCH = f"streaming:window={WINDOW}"

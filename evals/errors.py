@@ -1,14 +1,7 @@
 """What evaluation raises; each message says what to do."""
 
-from hfpatch.errors import HfpatchError
-
-
-class EvaluationError(HfpatchError):
-    """An evaluation that cannot be run as asked."""
-
-
-class FileError(EvaluationError):
-    """A file that says something it should not; the message starts with file and line."""
+from hfpatch.errors import EvaluationError as EvaluationError
+from hfpatch.errors import FileError as FileError
 
 
 class ModelNotFoundError(EvaluationError):

@@ -1,7 +1,9 @@
 """hfpatch: inference-time attention patching for Transformers models, exactly reversible."""
 
+from . import moved as _moved
 from .version import __version__ as __version__
 
+_moved.install()
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .call import Span
+from .config.patch_config import PatchConfig
+from .core.call import Span
+from .core.method import Method
+from .core.report import LayerLine, Report
 from .errors import AlreadyPatchedError, ConfigError, NotPatchedError
-from .injection import attach, close_forwards, detach, open_forwards, runtime_of
-from .method import Method
-from .patch_config import PatchConfig
-from .pipeline import LayerRuntime
-from .planning import MethodLike, Planned, plan_patch, prepare, prepare_methods
-from .report import LayerLine, Report
-from .survey import survey
+from .runtime.injection import attach, close_forwards, detach, open_forwards, runtime_of
+from .runtime.pipeline import LayerRuntime
+from .runtime.planning import MethodLike, Planned, plan_patch, prepare, prepare_methods
+from .runtime.survey import survey
 
 __all__ = ["Patch", "get_patch", "patch_model", "patched", "patched_with", "plan_patch", "unpatch_model"]
 

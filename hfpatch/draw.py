@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import AttentionCall
-from .config import MethodConfig
+from .config.method_config import MethodConfig
+from .config.patch_config import PatchConfig
+from .core.call import AttentionCall
+from .core.selection import Layout, Selection, intersect
 from .errors import ConfigError
-from .patch_config import PatchConfig
-from .selection import Layout, Selection, intersect
 
 PIXELS = 900
 
@@ -59,7 +59,7 @@ def _some(selection: Selection, at: Layout, start: int, stop: int) -> Tensor:
 def look(model: nn.Module, ids: Tensor, config: MethodConfig | PatchConfig, layer: int) -> Seen:
     """Run `ids [1, L]` under a patch and note what decoder layer `layer` did. Raises ConfigError."""
     from .api import patched
-    from .dhsa.table import ChunkTable
+    from .methods.dhsa.table import ChunkTable
 
     calls: list[AttentionCall] = []
     chosen: list[Selection | None] = []

@@ -65,3 +65,11 @@ class CacheError(HfpatchError):
 
 class InputError(HfpatchError):
     """Text, tokenizer or files that a method cannot work with."""
+
+
+class EvaluationError(HfpatchError):
+    """An evaluation that cannot be run as asked."""
+
+
+class FileError(EvaluationError):
+    """A file that says something it should not; the message starts with file and line."""

@@ -1,7 +1,14 @@
 """What `import hfpatch` offers; loaded when the first of these names is asked for."""
 
 from .api import Patch, get_patch, patch_model, patched, unpatch_model
-from .config import MethodConfig
+from .config.method_config import MethodConfig, option
+from .config.patch_config import PatchConfig
+from .config.registry import get_method, list_methods, register_method
+from .core.call import AttentionCall
+from .core.method import Method
+from .core.report import Report
+from .core.reweight import Columns
+from .core.selection import BlockMap, Causal, Predicate, Rows, Selection, SinkWindow
 from .errors import (
     AlreadyPatchedError,
     CacheError,
@@ -15,15 +22,15 @@ from .errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
-from .method import Method
-from .patch_config import PatchConfig
-from .registry import get_method, list_methods, register_method
-from .report import Report
 from .version import __version__
 
 __all__ = [
     "AlreadyPatchedError",
+    "AttentionCall",
+    "BlockMap",
     "CacheError",
+    "Causal",
+    "Columns",
     "ConfigError",
     "ExecutorError",
     "HfpatchError",
@@ -34,14 +41,19 @@ __all__ = [
     "NothingPatchedError",
     "Patch",
     "PatchConfig",
+    "Predicate",
     "Report",
+    "Rows",
     "SaveError",
+    "Selection",
+    "SinkWindow",
     "UnknownMethodError",
     "UnsupportedModelError",
     "__version__",
     "get_method",
     "get_patch",
     "list_methods",
+    "option",
     "patch_model",
     "patched",
     "register_method",

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfpatch.dhsa.predictor import BoundaryPredictor
-from hfpatch.flux.router import Routers
+from hfpatch.methods.dhsa.predictor import BoundaryPredictor
+from hfpatch.methods.flux.router import Routers
 
 LAYERS, HEADS, WIDE, HIDDEN = 3, 8, 128, 64  # of the zoo's Llama
 SPARSE = {"sparse_settings": {"sink": 2, "window": 8}}

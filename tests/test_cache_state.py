@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
-from hfpatch import Method, MethodConfig, patched, registry
-from hfpatch.cache_state import cache_states
-from hfpatch.call import AttentionCall
-from hfpatch.selection import Causal, Selection
+from hfpatch import Method, MethodConfig, patched
+from hfpatch.config import registry
+from hfpatch.core.call import AttentionCall
+from hfpatch.core.selection import Causal, Selection
+from hfpatch.runtime.cache_state import cache_states
 
 LENGTH = 33
 
@@ -193,7 +194,7 @@ def test_copies_are_independent() -> None:
 LOADER = """
 import pickle, sys
 cache = pickle.load(open(sys.argv[1], "rb"))
-from hfpatch.cache_state import cache_states
+from hfpatch.runtime.cache_state import cache_states
 from transformers.cache_utils import DynamicLayer
 assert isinstance(cache.layers[0], DynamicLayer) and cache.get_seq_length() == 5
 assert cache_states(cache, 0, "attn")[0, 2]["t"].tolist() == [10, 12]

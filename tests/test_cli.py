@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from hfpatch.evals.variants import parse_settings, parse_variants
+from hfpatch.evals.run.variants import parse_settings, parse_variants
 from tiny_llama import save_tiny
 
 from hfpatch import PatchConfig, cli
@@ -24,7 +24,7 @@ def run(monkeypatch, capsys):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["hfpatch", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr("hfpatch.cli_console.console._width", 200)
+        monkeypatch.setattr("hfpatch.cli.console.console._width", 200)
         with pytest.raises(SystemExit) as left:
             cli.main()
             raise SystemExit(0)
@@ -145,7 +145,7 @@ def test_bad_input_is_one_sentence_and_code_2(run, folder, tmp_path, name):
 
 def test_missing_extra_is_one_sentence(run, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonschema", None)
-    monkeypatch.delitem(sys.modules, "hfpatch.evals.recipe", raising=False)
+    monkeypatch.delitem(sys.modules, "hfpatch.evals.recipe.recipe", raising=False)
     code, _, err = run("run", "quickstart", "--out", tmp_path)
     assert code == 2 and err.strip() == "hfpatch: this command needs jsonschema; run `pip install 'hfpatch[eval]'`."
 

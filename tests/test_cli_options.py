@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from tiny_llama import save_tiny
 
-from hfpatch import cli, cli_eval
-from hfpatch.calibrate import act, dhsa_command, flux, gated, zerotuning
-from hfpatch.cli_console import LONGEST, one_line
-from hfpatch.cli_options import numbers
+from hfpatch import cli
+from hfpatch.calibrate import act, gated, zerotuning
+from hfpatch.calibrate.dhsa import command as dhsa_command
+from hfpatch.calibrate.flux import command as flux
+from hfpatch.cli import evaluate as cli_eval
+from hfpatch.cli.console import LONGEST, one_line
+from hfpatch.cli.options import numbers
 from hfpatch.errors import ConfigError
 
 COMMANDS = {

@@ -14,9 +14,10 @@ import zoo
 from torch import Tensor
 
 import hfpatch
-from hfpatch import ConfigError, Method, MethodConfig, PatchConfig, UnknownMethodError, get_method, patched, registry
-from hfpatch.config import option
-from hfpatch.patch_config import CONFIG_FILE, TENSOR_FILE
+from hfpatch import ConfigError, Method, MethodConfig, PatchConfig, UnknownMethodError, get_method, patched
+from hfpatch.config import registry
+from hfpatch.config.method_config import option
+from hfpatch.config.patch_config import CONFIG_FILE, TENSOR_FILE
 
 BUILTIN = sorted(registry._builtin_names())
 NEWER = "999.0.0"

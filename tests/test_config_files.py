@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from hfpatch import ConfigError, PatchConfig, get_method
-from hfpatch.patch_config import CONFIG_FILE
-from hfpatch.registry import make_config
+from hfpatch.config.patch_config import CONFIG_FILE
+from hfpatch.config.registry import make_config
 
 BAD_FILES = {
     "not json": ("{methods: ]", "is not valid JSON"),

@@ -16,7 +16,7 @@ import zoo
 from methods_list import MethodCase
 
 import hfpatch
-from hfpatch import registry
+from hfpatch.config import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "adding-a-method.md"

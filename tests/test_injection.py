@@ -28,7 +28,7 @@ from hfpatch import (
     patched,
     unpatch_model,
 )
-from hfpatch.layers import parse_layers
+from hfpatch.config.layers import parse_layers
 
 SPARSE: dict[str, Any] = {"method": "streaming", "sink": 2, "window": 8}
 some = pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_next", "llava"])

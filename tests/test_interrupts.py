@@ -12,9 +12,9 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 START = """
 import os, signal, sys, time, threading
-from hfpatch.interrupts import quiet_end
-import hfpatch.interrupts
-hfpatch.interrupts.PATIENCE = 0.5
+from hfpatch.cli.interrupts import quiet_end
+import hfpatch.cli.interrupts
+hfpatch.cli.interrupts.PATIENCE = 0.5
 def come(number=signal.SIGINT): os.kill(os.getpid(), number)
 """
 BLOCKS = {

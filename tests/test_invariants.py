@@ -143,15 +143,15 @@ def test_reported_density_is_the_counted_one(
 ) -> None:
     model = built(tiny.name)
     counted: list[int] = []
-    original = hfpatch.pipeline.attend
+    original = hfpatch.runtime.pipeline.attend
 
     def counting(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-        at = hfpatch.selection.Layout(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.device)
-        mask = (kwargs["selection"] or hfpatch.selection.Causal()).mask(at)
+        at = hfpatch.core.selection.Layout(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.device)
+        mask = (kwargs["selection"] or hfpatch.core.selection.Causal()).mask(at)
         counted.append(int(mask.expand(at.B, at.Hq, at.Lq, at.Lk).sum()))
         return original(q, k, v, **kwargs)
 
-    monkeypatch.setattr(hfpatch.pipeline, "attend", counting)
+    monkeypatch.setattr(hfpatch.runtime.pipeline, "attend", counting)
     with patched(model, case.name, **case.settings) as patch:
         logits(model, zoo.prompt(model, 3, LENGTH))
         report = patch.report()
@@ -170,13 +170,13 @@ def test_streaming_equals_the_model_with_that_mask(tiny: zoo.TinyModel) -> None:
     model = built(tiny.name)
     ids = zoo.prompt(model, 2, LENGTH)
     dtype = model.dtype
-    at = hfpatch.selection.Layout(2, 1, 1, LENGTH, LENGTH, ids.device)
+    at = hfpatch.core.selection.Layout(2, 1, 1, LENGTH, LENGTH, ids.device)
 
     def additive(keep: Tensor) -> Tensor:
         return torch.where(keep, 0.0, torch.finfo(dtype).min).expand(2, 1, LENGTH, LENGTH)
 
-    full = additive(hfpatch.selection.SinkWindow(2, 8).mask(at))
-    window = additive(hfpatch.selection.SinkWindow(0, zoo.WINDOW).mask(at))
+    full = additive(hfpatch.core.selection.SinkWindow(2, 8).mask(at))
+    window = additive(hfpatch.core.selection.SinkWindow(0, zoo.WINDOW).mask(at))
     mask: Any = {"full_attention": full, "sliding_attention": window} if tiny.sliding else full
     try:
         want = logits(model, ids, attention_mask=mask, use_cache=False)

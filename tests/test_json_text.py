@@ -9,9 +9,9 @@ from tiny_llama import tiny_tokenizer
 
 from hfpatch.calibrate.classification import Source, make_examples
 from hfpatch.calibrate.classification import read_examples as read_questions
+from hfpatch.calibrate.flux.examples import read_examples
 from hfpatch.errors import ConfigError
-from hfpatch.flux.examples import read_examples
-from hfpatch.json_text import json_lines, load_json
+from hfpatch.files.json_text import json_lines, load_json
 
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 

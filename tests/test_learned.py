@@ -11,11 +11,13 @@ from learned_cases import DHSA, FITTING, HEADS, HIDDEN, OTHERS, gates
 from test_invariants import built, logits, tree
 from torch import Tensor
 
-from hfpatch import ConfigError, HfpatchError, Method, MethodConfig, PatchConfig, patched, registry
+from hfpatch import ConfigError, HfpatchError, Method, MethodConfig, PatchConfig, patched
 from hfpatch.api import plan_patch
-from hfpatch.dhsa.predictor import load_predictor
-from hfpatch.learned import Learned, ModelSizes
-from hfpatch.registry import make_config
+from hfpatch.config import registry
+from hfpatch.config.registry import make_config
+from hfpatch.core.learned import Learned, ModelSizes
+from hfpatch.methods.dhsa.predictor import load_predictor
+from hfpatch.runtime.model_sizes import model_sizes
 
 
 def patch_of(method: str, settings: dict[str, Any], tensors: Mapping[str, Any]) -> PatchConfig:
@@ -193,9 +195,9 @@ def test_half_precision_has_its_own_limit() -> None:
 def test_sizes_are_those_of_the_attention_modules(name: str) -> None:
     """Heads times value width is what the output projection reads, and hidden what the module is given."""
     model = built(name)
-    found = ModelSizes.of(model)
+    found = model_sizes(model)
     seen: list[tuple[int, ...]] = []
-    from hfpatch.survey import survey
+    from hfpatch.runtime.survey import survey
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).shape)

@@ -8,12 +8,12 @@ import zoo
 from test_invariants import assert_close, built
 from torch import Tensor
 
-from hfpatch import one_query as module
 from hfpatch import patched
-from hfpatch.call import AttentionCall
-from hfpatch.one_query import one_query, serves
+from hfpatch.core.call import AttentionCall
+from hfpatch.core.reweight import Columns, regroup
 from hfpatch.ops import attend
-from hfpatch.regroup import Columns, regroup
+from hfpatch.ops import torch_decode as module
+from hfpatch.ops.torch_decode import one_query, serves
 
 
 def call_of(batch: int, lk: int = 90, dtype: torch.dtype = torch.float32, **kwargs: Any) -> AttentionCall:
@@ -86,7 +86,7 @@ def test_decoding_is_the_same_without_it(name: str, settings: dict[str, Any], mo
 
     got, ran = steps()
     assert ran == {"torch": 4}
-    monkeypatch.setattr("hfpatch.pipeline.serves", lambda *_: False)
-    monkeypatch.setattr("hfpatch.pipeline.beats_sdpa", lambda *_: False)
+    monkeypatch.setattr("hfpatch.runtime.pipeline.serves", lambda *_: False)
+    monkeypatch.setattr("hfpatch.runtime.pipeline.beats_sdpa", lambda *_: False)
     want, _ = steps()
     assert_close("logits", got, want)

@@ -11,7 +11,7 @@ from tiny_llama import save_tiny
 
 from hfpatch import cli
 from hfpatch.errors import ConfigError
-from hfpatch.output import own_folder, writable, write_json
+from hfpatch.files.output import own_folder, writable, write_json
 
 OLD = "a file that was there"
 
@@ -109,7 +109,9 @@ def test_what_was_made_goes_when_the_block_fails_and_it_is_empty(tmp_path) -> No
 
 
 def test_a_calibration_has_its_folder_to_itself(tmp_path) -> None:
-    code = "import sys; from hfpatch.output import own_folder\nwith own_folder(sys.argv[1]): print('in'); input()"
+    code = (
+        "import sys; from hfpatch.files.output import own_folder\nwith own_folder(sys.argv[1]): print('in'); input()"
+    )
     with own_folder(tmp_path / "a"):
         with pytest.raises(ConfigError, match="Another process writes"), own_folder(tmp_path / "a"):
             pass

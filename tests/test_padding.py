@@ -10,8 +10,9 @@ import zoo
 from test_invariants import LENGTH, assert_close, built
 from torch import Tensor
 
-from hfpatch import padding, patched
-from hfpatch.padding import RowGroup, row_groups
+from hfpatch import patched
+from hfpatch.runtime import padding
+from hfpatch.runtime.padding import RowGroup, row_groups
 
 FORMS = ["bool", "additive", "half", "2-D"]
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hfpatch import ConfigError, HfpatchError, PatchConfig, SaveError
-from hfpatch.patch_config import CONFIG_FILE, TENSOR_FILE
-from hfpatch.patch_store import DIGEST
-from hfpatch.registry import make_config
+from hfpatch.config.patch_config import CONFIG_FILE, TENSOR_FILE
+from hfpatch.config.patch_store import DIGEST
+from hfpatch.config.registry import make_config
 
 PLAIN = PatchConfig([make_config("streaming", {"window": 7})])
 Check = Callable[[], Any]
@@ -255,7 +255,7 @@ def test_tensors_left_over_are_told_not_used(tmp_path: Path, caplog: pytest.LogC
     PLAIN.save_pretrained(tmp_path)
     save_file({"0.gamma": torch.ones(8)}, tmp_path / TENSOR_FILE)
     heard: list[str] = []
-    import hfpatch.patch_store as store
+    import hfpatch.config.patch_store as store
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store.logger, "warning", lambda text, *args: heard.append(text % args))

@@ -10,12 +10,13 @@ import zoo
 from test_invariants import assert_close, built, logits
 from torch import Tensor
 
-from hfpatch import IncompatibleMethodsError, Method, MethodConfig, patched, registry
-from hfpatch.call import AttentionCall
+from hfpatch import IncompatibleMethodsError, Method, MethodConfig, patched
+from hfpatch.config import registry
+from hfpatch.core.call import AttentionCall
+from hfpatch.core.reweight import Columns
+from hfpatch.core.reweight import regroup as regroup_op
+from hfpatch.core.selection import BlockMap, Causal, Selection
 from hfpatch.ops import attend
-from hfpatch.regroup import Columns
-from hfpatch.regroup import regroup as regroup_op
-from hfpatch.selection import BlockMap, Causal, Selection
 
 LENGTH = 41
 LENGTHS = [LENGTH, 26, 12]

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hfpatch
 from hfpatch import Method, MethodConfig, patched, register_method, unpatch_model
-from hfpatch.call import AttentionCall
+from hfpatch.core.call import AttentionCall
 
 SEEN: list[AttentionCall] = []
 

@@ -16,14 +16,15 @@ import torch
 import zoo
 from test_invariants import tree
 
-from hfpatch import ConfigError, HfpatchError, PatchConfig, get_method, patch_model, patched, registry
+from hfpatch import ConfigError, HfpatchError, PatchConfig, get_method, patch_model, patched
+from hfpatch.config import registry
+from hfpatch.config.registry import make_config
 from hfpatch.methods.act import ACTConfig
 from hfpatch.methods.flux import FluxConfig
-from hfpatch.methods.gated import GatedConfig
+from hfpatch.methods.gated.method import GatedConfig
 from hfpatch.methods.head_scale import HeadScaleConfig
 from hfpatch.methods.streaming import StreamingConfig
 from hfpatch.methods.zerotuning import ZeroTuningConfig
-from hfpatch.registry import make_config
 
 BUILTIN = sorted(registry._builtin_names())
 

@@ -11,7 +11,7 @@ import zoo
 from safetensors.torch import save
 
 from hfpatch import ConfigError, PatchConfig, patch_model
-from hfpatch.patch_config import CONFIG_FILE, TENSOR_FILE
+from hfpatch.config.patch_config import CONFIG_FILE, TENSOR_FILE
 
 GOOD = save({"0.gamma": torch.ones(8)})
 HUGE = json.dumps({"0.gamma": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()

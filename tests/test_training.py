@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfpatch import PatchConfig, get_patch, patched
-from hfpatch.dhsa.predictor import BoundaryPredictor
-from hfpatch.flux.router import Routers
 from hfpatch.methods.dhsa import DhsaConfig
+from hfpatch.methods.dhsa.predictor import BoundaryPredictor
 from hfpatch.methods.flux import FluxConfig
+from hfpatch.methods.flux.router import Routers
 
 LENGTH = 63
 SPARSE = {"sparse_settings": {"sink": 2, "window": 8}}

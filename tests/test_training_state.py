@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfpatch.calibrate.training_state import STATE_FILE, load_state, of_this_model, save_state
 from hfpatch.errors import ConfigError
-from hfpatch.training_state import STATE_FILE, load_state, of_this_model, save_state
 
 FIELDS = ("step", "weights")
 

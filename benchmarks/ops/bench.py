@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hfpatch.core.selection import BlockMap, Causal, Layout, Selection, SinkWindow
 from hfpatch.errors import ExecutorError
 from hfpatch.ops import attend
-from hfpatch.selection import BlockMap, Causal, Layout, Selection, SinkWindow
 
 DEFAULT = ["prefill:window:16384", "prefill:blocks:16384", "decode:tokens:32768", "decode:blocks:32768"]
 VERIFIED_KEYS = 1024

@@ -21,9 +21,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from hfpatch.core.selection import BlockMap, Selection, SinkWindow
 from hfpatch.ops import triton_executor, triton_kernels
 from hfpatch.ops.call import Problem
-from hfpatch.selection import BlockMap, Selection, SinkWindow
 
 SHARED = 227 * 1024
 SPILLED = 128

@@ -3,8 +3,9 @@
 from difflib import get_close_matches
 from pathlib import Path
 
+from hfpatch.text import grammar
+
 from ..errors import EvaluationError
-from ..testbed import text
 from . import facts
 from .base import Sample, Task
 from .perplexity import Bucket, PerplexityByPosition
@@ -17,18 +18,18 @@ LM_EVAL_FOLDER = Path(__file__).parent / "lm_eval"
 _TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        FactTask("single", "one needle in a haystack", text.single, {}, 16),
-        FactTask("multi_key", "one needle among needles of other keys", text.multikey, {"distractors": 8}, 16),
+        FactTask("single", "one needle in a haystack", grammar.single, {}, 16),
+        FactTask("multi_key", "one needle among needles of other keys", grammar.multikey, {"distractors": 8}, 16),
         FactTask("multi_value", "all values of one key", facts.multi_value, {"values": 4, "distractors": 4}, 48),
-        FactTask("multi_query", "several needles asked for at once", text.multineedle, {"count": 4}, 224),
-        FactTask("passkey", "one number without a key", text.passkey, {}, 16),
+        FactTask("multi_query", "several needles asked for at once", grammar.multineedle, {"count": 4}, 224),
+        FactTask("passkey", "one number without a key", grammar.passkey, {}, 16),
         FactTask(
             "kv_retrieval", "one line of many `key: value` lines", facts.pairs, {"count": None}, 16, grow="count"
         ),
         FactTask(
             "variable_tracking",
             "a chain of assignments followed to its number",
-            text.tracking,
+            grammar.tracking,
             {"hops": 2, "chains": 2},
             64,
             ordered=True,
@@ -53,7 +54,7 @@ _TASKS: dict[str, Task] = {
         FactTask(
             "few_shot",
             "topic of a text after labelled examples",
-            text.fewshot,
+            grammar.fewshot,
             {"shots": None},
             12,
             grow="shots",

@@ -4,7 +4,7 @@ import unicodedata
 
 import regex
 
-from .scripts import UNSPACED
+from hfpatch.text.scripts import UNSPACED
 
 _DIGIT = regex.compile(r"\p{Nd}")
 _GROUPED = regex.compile(

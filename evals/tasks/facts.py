@@ -4,35 +4,35 @@ import random
 from collections.abc import Iterator
 from itertools import pairwise
 
-from ..testbed import text
+from hfpatch.text import grammar
 
-_KEY_PAIRS = len(text.ADJECTIVES) * len(text.NOUNS)
+_KEY_PAIRS = len(grammar.ADJECTIVES) * len(grammar.NOUNS)
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 COMMON_TIMES, RARE_TIMES = 12, 2
 ZIPF = 2.0
 
 
-def multi_value(rng: random.Random, values: int = 4, distractors: int = 4) -> text.Task:
+def multi_value(rng: random.Random, values: int = 4, distractors: int = 4) -> grammar.Task:
     """One key with several values, all asked for, among needles of other keys."""
-    key, *others = text.random_keys(rng, distractors + 1)
-    told = list(dict.fromkeys(text.random_value(rng) for _ in range(values)))
-    needles = [text.needle(key, v) for v in told] + [text.needle(k, text.random_value(rng)) for k in others]
+    key, *others = grammar.random_keys(rng, distractors + 1)
+    told = list(dict.fromkeys(grammar.random_value(rng) for _ in range(values)))
+    needles = [grammar.needle(key, v) for v in told] + [grammar.needle(k, grammar.random_value(rng)) for k in others]
     prompt = f"Question: What are all the secret codes for {key}? Answer: The secret codes for {key} are"
-    return text.Task(needles, [(prompt, f" {', '.join(told)}.")])
+    return grammar.Task(needles, [(prompt, f" {', '.join(told)}.")])
 
 
-def pairs(rng: random.Random, count: int = 8) -> text.Task:
+def pairs(rng: random.Random, count: int = 8) -> grammar.Task:
     """Lines of `key: value`; any number of them."""
     if count <= _KEY_PAIRS // 2:
-        return text.kvlist(rng, count)
+        return grammar.kvlist(rng, count)
     keys: dict[str, None] = {}
     while len(keys) < count:
-        keys[f"{rng.choice(text.ADJECTIVES)}-{text.random_key(rng)}"] = None
-    lines = [(key, text.random_value(rng)) for key in keys]
+        keys[f"{rng.choice(grammar.ADJECTIVES)}-{grammar.random_key(rng)}"] = None
+    lines = [(key, grammar.random_value(rng)) for key in keys]
     target = rng.randrange(count)
     key, value = lines[target]
     turn = (f"Look up {key}. Result: {key}:", f" {value};")
-    return text.Task([f"{k}: {v};" for k, v in lines], [turn], target)
+    return grammar.Task([f"{k}: {v};" for k, v in lines], [turn], target)
 
 
 def invented_words(rng: random.Random, syllables: int) -> Iterator[str]:
@@ -45,9 +45,9 @@ def invented_words(rng: random.Random, syllables: int) -> Iterator[str]:
             yield word
 
 
-def common_words(rng: random.Random, rare: int = 20, common: int = 5) -> text.Task:
+def common_words(rng: random.Random, rare: int = 20, common: int = 5) -> grammar.Task:
     """A shuffled word list in which `common` words come up 12 times and `rare` ones twice."""
-    known = dict.fromkeys((*text.NOUNS, *text.ADJECTIVES, *text.PLACES))
+    known = dict.fromkeys((*grammar.NOUNS, *grammar.ADJECTIVES, *grammar.PLACES))
     pool = rng.sample(list(known), len(known))
     more = (word for word in invented_words(rng, 4) if word not in known)
     while len(pool) < common + rare:
@@ -58,10 +58,10 @@ def common_words(rng: random.Random, rare: int = 20, common: int = 5) -> text.Ta
     prompt = (
         f"Question: Which {common} words come up most often in this list? Answer: The {common} most common words are"
     )
-    return text.Task(_listed(words), [(prompt, f" {', '.join(often)}.")], spread=False)
+    return grammar.Task(_listed(words), [(prompt, f" {', '.join(often)}.")], spread=False)
 
 
-def frequent_words(rng: random.Random, words: int = 60, top: int = 3) -> text.Task:
+def frequent_words(rng: random.Random, words: int = 60, top: int = 3) -> grammar.Task:
     """A shuffled text of invented words; the k-th comes up in proportion to 1 / k ** 2."""
     share = words / sum(k**-ZIPF for k in range(1, 200))
     counts = [round(share * k**-ZIPF) for k in range(1, 200)]
@@ -71,7 +71,7 @@ def frequent_words(rng: random.Random, words: int = 60, top: int = 3) -> text.Ta
     spoken = [word for word, c in drawn for _ in range(c)]
     rng.shuffle(spoken)
     prompt = f"Question: Which {top} code words occur most often above? Answer: The {top} most frequent code words are"
-    return text.Task(_listed(spoken), [(prompt, f" {', '.join(w for w, _ in drawn[:top])}.")], spread=False)
+    return grammar.Task(_listed(spoken), [(prompt, f" {', '.join(w for w, _ in drawn[:top])}.")], spread=False)
 
 
 def _listed(words: list[str]) -> list[str]:

@@ -6,8 +6,8 @@ from itertools import accumulate, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from .pieces import cut, token_counts
-from .scripts import words
+from hfpatch.text.pieces import cut, token_counts
+from hfpatch.text.scripts import words
 
 SLACK = 12
 _BATCH, _MISSES = 32, 8

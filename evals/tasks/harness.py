@@ -7,11 +7,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hfpatch.text.scripts import words
+
 from ..errors import EvaluationError
 from ..testbed import CHECKPOINT
 from . import get_task
 from .base import Sample
-from .scripts import words
 
 EMBEDDED = "embedded"
 QUARTERS = ("first", "second", "third", "last")

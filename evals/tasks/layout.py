@@ -7,7 +7,7 @@ from itertools import accumulate, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from hfpatch.prompt_ids import prompt_ids
+from hfpatch.text.prompt_ids import prompt_ids
 
 from ..errors import EvaluationError
 from .filling import draw, little, nearest, opened, shortened, trim

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hfpatch.prompt_ids import prompt_ids
+from hfpatch.text.prompt_ids import prompt_ids
+from hfpatch.text.sources import sentences
 
 from ..errors import EvaluationError
 from .base import Sample, Task
 from .layout import compose
-from .sources import sentences
 
 _ROWS = 1024
 

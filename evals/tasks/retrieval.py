@@ -7,16 +7,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hfpatch.text import grammar
+from hfpatch.text.sources import sentences
+
 from ..errors import EvaluationError
-from ..testbed import text
 from .base import Sample, Task, even_depth
 from .layout import Layout, compose
-from .sources import sentences
 
 _NUMBER = re.compile(r"\d{5,}")
 _LEAD = re.compile(r" (?:Answer|Result):| Topic:")
 MOST = 2000
-Build = Callable[..., text.Task]
+Build = Callable[..., grammar.Task]
 
 
 class FactTask(Task):
@@ -80,13 +81,13 @@ class FactTask(Task):
                 raise EvaluationError(f"{self.name}: {name}={value!r} is not a number from 0 to {MOST}{more}.")
         return chosen
 
-    def _made(self, seed: int, index: int, own: dict[str, Any]) -> text.Task:
+    def _made(self, seed: int, index: int, own: dict[str, Any]) -> grammar.Task:
         try:
             return self._build(self.rng(seed, index), **own)
         except (TypeError, ValueError, IndexError) as error:
             raise EvaluationError(f"it cannot be made with {own} ({error}); use the defaults.") from error
 
-    def _depths(self, task: text.Task, depth: float, rng: random.Random, asked: bool) -> list[float]:
+    def _depths(self, task: grammar.Task, depth: float, rng: random.Random, asked: bool) -> list[float]:
         if not task.spread:
             return [depth] * len(task.facts)
         depths = [rng.random() for _ in task.facts]
@@ -106,10 +107,10 @@ class FactTask(Task):
         own: dict[str, Any],
         place: str,
         depth: float,
-    ) -> tuple[Layout, text.Task]:
+    ) -> tuple[Layout, grammar.Task]:
         """As many facts as fit into `length` tokens, the one asked for moved to `depth`."""
 
-        def attempt(count: int) -> tuple[Layout, text.Task]:
+        def attempt(count: int) -> tuple[Layout, grammar.Task]:
             task = self._made(seed, index, {**own, str(self._grow): count})
             if task.spread:
                 task = _moved(task, round(depth * (len(task.facts) - 1)))
@@ -136,13 +137,13 @@ class FactTask(Task):
         return best
 
 
-def _moved(task: text.Task, place: int) -> text.Task:
+def _moved(task: grammar.Task, place: int) -> grammar.Task:
     facts = [*task.facts]
     facts.insert(place, facts.pop(task.target))
-    return text.Task(facts, task.turns, place, task.spread)
+    return grammar.Task(facts, task.turns, place, task.spread)
 
 
-def _question(task: text.Task, place: str) -> tuple[str, str]:
+def _question(task: grammar.Task, place: str) -> tuple[str, str]:
     """What stands before and after the haystack."""
     tail = task.turns[0][0]
     return (_LEAD.split(tail)[0] if place == "both" else ""), tail

@@ -7,9 +7,10 @@ from math import ceil
 
 from transformers import PreTrainedTokenizerBase
 
+from hfpatch.text.pieces import cut, token_counts
+
 from ..errors import EvaluationError
 from .filling import little
-from .pieces import cut, token_counts
 
 _BATCH = 64
 

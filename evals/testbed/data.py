@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from . import text
+from hfpatch.text import grammar
 
 IGNORE, FILLER = -100, -101
 HELD_OUT = ("emma", "moonstone", "great-expectations")
@@ -64,13 +64,13 @@ class Sampler:
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         self.vocab = len(tokenizer)
         self.topic = self.encode(" Topic:")
-        draw = text.grammar_sentences(random.Random(seed + 1))
+        draw = grammar.grammar_sentences(random.Random(seed + 1))
         self.grammar = [self.encode(" " + next(draw)) for _ in range(20_000)]
         share = 16_000_000 // max(1, len(books))
         self.prose: list[list[int]] = []
         for book in books:
             start = self.rng.randrange(max(1, len(book) - share))
-            self.prose += [self.encode(" " + s) for s in text.split_sentences(book[start : start + share])]
+            self.prose += [self.encode(" " + s) for s in grammar.split_sentences(book[start : start + share])]
 
     def encode(self, sentence: str) -> list[int]:
         """Token ids without `<s>`."""
@@ -104,7 +104,7 @@ class Sampler:
             ids += part
         return ids[:length], labels[:length]
 
-    def _turns(self, tasks: list[text.Task], short: bool) -> tuple[list[int], list[int]]:
+    def _turns(self, tasks: list[grammar.Task], short: bool) -> tuple[list[int], list[int]]:
         """Questions and answers of several tasks in random order."""
         turns = [turn for task in tasks for turn in task.turns]
         self.rng.shuffle(turns)
@@ -128,7 +128,7 @@ class Sampler:
             kinds = ["fewshot"]
         once = [k for k in kinds if k not in ("passkey", "fewshot")]
         kinds = [*once, "passkey"] if "passkey" in kinds else once or kinds
-        tasks = [text.TASKS[kind](self.rng) for kind in kinds]
+        tasks = [grammar.TASKS[kind](self.rng) for kind in kinds]
         tail, tail_labels = self._turns(tasks, self.rng.random() < stage.short)
         facts = [[self.encode(" " + fact) for fact in task.facts] for task in tasks]
         used = 1 + len(tail) + sum(len(fact) for task in facts for fact in task)

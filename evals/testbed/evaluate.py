@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ... import patched
-from . import CHECKPOINT, text
+from hfpatch import patched
+from hfpatch.text import grammar
 
-HAYSTACKS = {"grammar": text.grammar_sentences, "prose": text.prose_sentences}
+from . import CHECKPOINT
+
+HAYSTACKS = {"grammar": grammar.grammar_sentences, "prose": grammar.prose_sentences}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Encoder:
 
 
 def build_prompt(
-    encode: Encoder, task: text.Task, haystack: str, length: int, depth: float, rng: random.Random
+    encode: Encoder, task: grammar.Task, haystack: str, length: int, depth: float, rng: random.Random
 ) -> Prompt:
     """A prompt of about `length` tokens (never more), the asked fact at `depth` (0 start, 1 end)."""
     question, answer = task.turns[0]
@@ -106,7 +108,7 @@ def cell(
     """(depth, exact) of `samples` prompts whose depths run evenly from 0 to `deepest`."""
     rng, encode = random.Random(f"{seed} {task} {haystack} {length}"), Encoder(tokenizer)
     depths = [deepest * i / max(1, samples - 1) for i in range(samples)]
-    tasks = [text.TASKS[task](rng) for _ in depths]
+    tasks = [grammar.TASKS[task](rng) for _ in depths]
     pairs = zip(tasks, depths, strict=True)
     prompts = [build_prompt(encode, t, haystack, length, d, rng) for t, d in pairs]
     hits = exact(model, prompts, mask_facts, batch_size=max(1, min(10, 8192 // length)))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from . import text
+from hfpatch.text import grammar
 
 VOCAB_SIZE = 4096
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -19,12 +19,12 @@ def _corpus(prose: Iterable[str]) -> Iterator[str]:
     for _ in range(300):
         for width in (3, 2, 1):
             yield " ".join(f"{number:0{width}d}" for number in range(10**width))
-    sentences = text.grammar_sentences(rng)
+    sentences = grammar.grammar_sentences(rng)
     for index in range(8000):
         yield " ".join(next(sentences) for _ in range(4))
-        task = list(text.TASKS.values())[index % len(text.TASKS)](rng)
+        task = list(grammar.TASKS.values())[index % len(grammar.TASKS)](rng)
         yield " ".join(task.facts) + "\n" + "\n".join(q + a for q, a in task.turns)
-    for word in (*text.ADJECTIVES, *text.NOUNS):
+    for word in (*grammar.ADJECTIVES, *grammar.NOUNS):
         yield f" {word}-{word} {word}-{word}: " * 100
     yield from prose
 

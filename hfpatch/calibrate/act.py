@@ -12,12 +12,12 @@ import typer
 from torch import Tensor, nn
 
 from ..api import patched, plan_patch
-from ..cli_options import LAST_SEED, Device, Dtype, Model, number
+from ..cli.options import LAST_SEED, Device, Dtype, Model, number
+from ..config.patch_config import CONFIG_FILE, PatchConfig
 from ..errors import ConfigError
-from ..methods._model import query_heads
+from ..files.output import own_folder, write_json
 from ..methods.act import ACTConfig
-from ..output import own_folder, write_json
-from ..patch_config import CONFIG_FILE, PatchConfig
+from ..runtime.model_facts import query_heads
 from ..version import __version__
 from .classification import Answers, Example, Questions, Source, measures
 from .intervals import paired, wilson
@@ -153,8 +153,9 @@ def act(
     device: Device = None,
 ) -> None:
     """Find the heads of `act`, one forward pass over the examples per head; prints held-out results and controls."""
-    from ..cli_console import console, progress, quieten
-    from ..evals.models import load_model
+    from hfpatch.evals.run.models import load_model
+
+    from ..cli.console import console, progress, quieten
 
     quieten()
     config = ACTConfig(beta=beta, layers=layers)

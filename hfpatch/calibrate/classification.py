@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..json_text import json_lines
-from ..prompt_ids import prompt_ids
+from ..files.json_text import json_lines
+from ..text.prompt_ids import prompt_ids
 
 RENAMED = {"animal": "river", "plant": "lemon", "tool": "tiger", "place": "hammer"}
 _LABEL = re.compile(r"Topic: (\w+)\.")
@@ -80,7 +80,7 @@ def embedded_examples(count: int, shots: int = 6, seed: int = 0, renamed: bool =
 
     `renamed` calls the topics by unrelated words, so that only the labelled texts tell the answer.
     """
-    from ..evals.testbed.text import TOPICS, fewshot
+    from ..text.grammar import TOPICS, fewshot
 
     called = {topic: RENAMED.get(topic, topic) if renamed else topic for topic in TOPICS}
     out = []

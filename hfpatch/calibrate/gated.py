@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..api import Patch, patched
-from ..call import AttentionCall
-from ..cli_options import LAST_SEED, LONGEST, Device, Dtype, Model, number
+from ..cli.options import LAST_SEED, LONGEST, Device, Dtype, Model, number
+from ..config.patch_config import CONFIG_FILE, TENSOR_FILE, PatchConfig
+from ..core.call import AttentionCall
+from ..core.reweight import initial_weight
 from ..errors import ConfigError
-from ..methods.gated import Gated, GatedConfig
-from ..output import own_folder, write_json
-from ..patch_config import CONFIG_FILE, TENSOR_FILE, PatchConfig
-from ..regroup import initial_weight
+from ..files.output import own_folder, write_json
+from ..methods.gated.method import Gated, GatedConfig
 from .intervals import paired
 
 RESULT_FILE = "calibration.json"
@@ -204,7 +204,7 @@ def _measure(model: nn.Module, saved: PatchConfig, samples: list[Tensor], r: Gat
 
 def running_texts(source: str, count: int, tokens: int, tokenizer: Any, seed: int = 0) -> list[str]:
     """Texts of at least `tokens` tokens from `source` (grammar, prose, a file)."""
-    from ..evals.tasks.sources import sentences
+    from ..text.sources import sentences
 
     found = []
     for n in range(count):
@@ -232,8 +232,9 @@ def gated(
     seed: Annotated[int, number("Seed of texts and order.", 0, LAST_SEED)] = 0,
 ) -> None:
     """Experimental: train gates on a frozen model; prints held-out KL and attention to the initial token."""
-    from ..cli_console import console, progress, quieten
-    from ..evals.models import check_length, load_model
+    from hfpatch.evals.run.models import check_length, load_model
+
+    from ..cli.console import console, progress, quieten
 
     quieten()
     recipe = GateRecipe(granularity, steps, length, rate, sparsity, seed=seed)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ..cli_options import number
+from ..cli.options import number
 
 Data = Annotated[str, typer.Option(help="JSON lines with prompt, answer and labels; a Hub data set; or 'embedded'.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub data set.")]

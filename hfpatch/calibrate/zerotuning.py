@@ -13,12 +13,12 @@ import typer
 from torch import Tensor, nn
 
 from ..api import patched
-from ..cli_options import Device, Dtype, Model, number
+from ..cli.options import Device, Dtype, Model, number
+from ..config.patch_config import PatchConfig
 from ..errors import ConfigError
-from ..methods._model import query_heads
+from ..files.output import own_folder, write_json
 from ..methods.zerotuning import ZeroTuningConfig
-from ..output import own_folder, write_json
-from ..patch_config import PatchConfig
+from ..runtime.model_facts import query_heads
 from ..version import __version__
 from .classification import Answers, Example, Questions, Source, measures
 from .intervals import paired, wilson
@@ -247,8 +247,9 @@ def zerotuning(
     device: Device = None,
 ) -> None:
     """Find heads and factor of `zerotuning`, by accuracy and by entropy; prints held-out results and controls."""
-    from ..cli_console import console, progress, quieten
-    from ..evals.models import load_model
+    from hfpatch.evals.run.models import load_model
+
+    from ..cli.console import console, progress, quieten
 
     quieten()
     search = Search(seeds=tuple(range(seeds)), layers=layers)

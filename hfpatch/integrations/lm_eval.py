@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, HfpatchError
-from ..output import writable
+from ..files.output import writable
 from .lm_eval_model import EMBEDDED, HFPatchLM, location
 
 __all__ = ["HFPatchLM", "main", "run_lm_eval"]
@@ -56,7 +56,7 @@ def _results(args: Any) -> AbstractContextManager[None]:
 
 def _add_ours(args: Any) -> None:
     """Put our model, our tasks and the embedded model's tokenizer into lm-eval's parsed arguments."""
-    from ..evals.tasks import LM_EVAL_FOLDER
+    from hfpatch.evals.tasks import LM_EVAL_FOLDER
 
     config: dict[str, Any] = {}
     if getattr(args, "config", None):

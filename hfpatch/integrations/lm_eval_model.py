@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 def location(pretrained: Any) -> Any:
     """Where to load from: the embedded model's folder for "embedded"."""
-    from ..evals.testbed import CHECKPOINT
+    from hfpatch.evals.testbed import CHECKPOINT
 
     return str(CHECKPOINT) if isinstance(pretrained, str) and pretrained == EMBEDDED else pretrained
 
 
 def resolve_patch(patch: str | None, settings: dict[str, Any]) -> PatchConfig | None:
     """Config of a patch spec with settings, None for "none". Raises ConfigError, UnknownMethodError."""
-    from ..evals.variants import parse_variants
+    from hfpatch.evals.run.variants import parse_variants
 
     if patch in (None, "", "none"):
         if settings:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..prompt_ids import special_around
+from ..text.prompt_ids import special_around
 
 
 class OpenPrompts:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..call import AttentionCall
+from ..core.call import AttentionCall
 
 CHUNK_ELEMENTS = 1 << 22
 

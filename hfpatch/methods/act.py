@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..call import AttentionCall
-from ..config import MethodConfig, option
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.call import AttentionCall
+from ..core.method import Method
+from ..core.reweight import Columns
 from ..errors import ConfigError
-from ..json_text import read_json
-from ..method import Method
-from ..registry import register_method
-from ..regroup import Columns
+from ..files.json_text import read_json
+from ..runtime.model_facts import query_heads
 from ..values import FLOAT_END, Misfit, OutOfRange, PathText, fitted, shown
 from ._column_sums import ColumnSums
-from ._model import query_heads
 
 
 @dataclass(kw_only=True)

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..blocks import SHARES, Grid, block_means, capped, check_budget, choosers, top_blocks, top_mass
-from ..call import AttentionCall
-from ..config import MethodConfig, option
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.blocks import SHARES, Grid, block_means, capped, check_budget, choosers, top_blocks, top_mass
+from ..core.call import AttentionCall
+from ..core.method import Method
+from ..core.selection import Selection
 from ..errors import ConfigError
-from ..method import Method
-from ..registry import register_method
-from ..selection import Selection
 
 
 @dataclass(kw_only=True)

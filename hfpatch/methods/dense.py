@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config import MethodConfig
-from ..method import Method
-from ..registry import register_method
+from ..config.method_config import MethodConfig
+from ..config.registry import register_method
+from ..core.method import Method
 
 
 @dataclass(kw_only=True)

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blocks import SHARES, Grid, block_means, capped, check_budget, choosers, pad_to
-from ..call import AttentionCall
-from ..config import MethodConfig, option
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.blocks import SHARES, Grid, block_means, capped, check_budget, choosers, pad_to
+from ..core.call import AttentionCall
+from ..core.method import Method
+from ..core.selection import BlockMap, Causal, Rows, Selection
 from ..errors import ConfigError
-from ..method import Method
 from ..ops import merge
-from ..registry import register_method
-from ..selection import BlockMap, Causal, Rows, Selection
 
 CHUNK_ELEMENTS = 1 << 20
 

@@ -7,14 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..call import AttentionCall
-from ..config import MethodConfig, option
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.call import AttentionCall
+from ..core.learned import Learned, ModelSizes
+from ..core.method import Method
 from ..errors import ConfigError
-from ..learned import Learned, ModelSizes
-from ..method import Method
-from ..registry import register_method
-from ._after_attention import refuse_unless_free
-from ._model import query_heads
+from ..runtime.after_attention import refuse_unless_free
+from ..runtime.model_facts import query_heads
 
 MOST = 1e4
 

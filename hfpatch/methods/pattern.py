@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..blocks import SHARES, Grid, choosers, kept_blocks
-from ..call import AttentionCall
-from ..config import MethodConfig, option
-from ..method import Method
-from ..registry import register_method
-from ..selection import Layout, Rows, Selection
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.blocks import SHARES, Grid, choosers, kept_blocks
+from ..core.call import AttentionCall
+from ..core.method import Method
+from ..core.selection import Layout, Rows, Selection
 
 BLOCK = {"sliding": 256, "slash": 256, "dilated": 256, "power": 256, "s2": 64}
 WINDOW = {"sliding": 9, "slash": 6, "dilated": 1, "power": 5, "s2": 16}

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blocks import SHARES, check_budget, choosers, tokens_of
-from ..call import AttentionCall
-from ..config import MethodConfig, option
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.blocks import SHARES, check_budget, choosers, tokens_of
+from ..core.call import AttentionCall
+from ..core.method import Method
+from ..core.selection import BlockMap, Selection
 from ..errors import ConfigError
-from ..method import Method
-from ..registry import register_method
-from ..selection import BlockMap, Selection
 
 FEWEST_PAGES = 3
 

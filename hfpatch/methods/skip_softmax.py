@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blocks import SHARES, Grid, choosers, kept_blocks, pad_to
-from ..call import AttentionCall
-from ..config import MethodConfig, option
-from ..method import Method
-from ..registry import register_method
-from ..selection import Selection
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.blocks import SHARES, Grid, choosers, kept_blocks, pad_to
+from ..core.call import AttentionCall
+from ..core.method import Method
+from ..core.selection import Selection
 
 CHUNK_ROWS, CHUNK_KEYS = 1024, 4096
 

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..call import AttentionCall
-from ..config import MethodConfig, option
-from ..method import Method
-from ..registry import register_method
-from ..selection import Causal, Rows, Selection, SinkWindow
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.call import AttentionCall
+from ..core.method import Method
+from ..core.selection import Causal, Rows, Selection, SinkWindow
 
 
 @dataclass(kw_only=True)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..blocks import SHARES, Grid, check_budget, choosers, kept_blocks, pad_to, tokens_of
-from ..call import AttentionCall
-from ..config import MethodConfig, option
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.blocks import SHARES, Grid, check_budget, choosers, kept_blocks, pad_to, tokens_of
+from ..core.call import AttentionCall
+from ..core.learned import Learned, ModelSizes
+from ..core.method import Method
+from ..core.selection import Selection
 from ..errors import ConfigError
-from ..json_text import read_json
-from ..learned import Learned, ModelSizes
-from ..method import Method
-from ..registry import register_method
-from ..selection import Selection
+from ..files.json_text import read_json
 from ..values import INT_END, Misfit, OutOfRange, PathText, fitted, shown
 
 CHUNK_ELEMENTS = 1 << 24

@@ -7,13 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blocks import SHARES, Grid, capped, check_budget, choosers, no_longer, pad_to, top_mass
-from ..call import AttentionCall
-from ..config import MethodConfig, option
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.blocks import SHARES, Grid, capped, check_budget, choosers, no_longer, pad_to, top_mass
+from ..core.call import AttentionCall
+from ..core.method import Method
+from ..core.selection import Selection
 from ..errors import ConfigError
-from ..method import Method
-from ..registry import register_method
-from ..selection import Selection
 
 CHUNK_ELEMENTS = 1 << 20
 

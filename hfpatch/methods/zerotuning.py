@@ -7,15 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..call import AttentionCall
-from ..config import MethodConfig, option
+from ..config.method_config import MethodConfig, option
+from ..config.registry import register_method
+from ..core.call import AttentionCall
+from ..core.learned import Learned, ModelSizes
+from ..core.method import Method
+from ..core.reweight import Columns, initial_weight
 from ..errors import ConfigError
-from ..learned import Learned, ModelSizes
-from ..method import Method
-from ..registry import register_method
-from ..regroup import Columns, initial_weight
+from ..runtime.model_facts import query_heads
 from ..values import shown
-from ._model import query_heads
 
 THIRDS = ("shallow", "middle", "deep")
 ENOUGH_TOKENS = 16

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hfpatch.core.selection import Causal, Layout, Selection
 from hfpatch.errors import ExecutorError
-from hfpatch.selection import Causal, Layout, Selection
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hfpatch.core.selection import BlockMap, Causal, Selection, SinkWindow
 from hfpatch.errors import ExecutorError
 from hfpatch.ops.call import Attended, Problem, check
 from hfpatch.ops.parts import leaves
-from hfpatch.selection import BlockMap, Causal, Selection, SinkWindow
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfpatch.core.selection import BlockMap, Causal, Layout, SinkWindow
 from hfpatch.ops.call import Problem
 from hfpatch.ops.parts import leaves, run_parts
 from hfpatch.ops.torch_output import Output
-from hfpatch.selection import BlockMap, Causal, Layout, SinkWindow
 
 WINDOW_BLOCK = 128
 TILE_M, TILE_N, LEAST = 128, 64, 16

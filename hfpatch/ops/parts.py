@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from hfpatch.core.selection import Rows, Selection
 from hfpatch.ops.call import Problem
 from hfpatch.ops.torch_output import Output
-from hfpatch.selection import Rows, Selection
 
 
 def leaves(selection: Selection) -> list[Selection]:

@@ -2,11 +2,11 @@
 
 import torch
 
+from hfpatch.core.selection import BlockMap
 from hfpatch.ops.call import Problem
 from hfpatch.ops.gather import RowGather, take
 from hfpatch.ops.torch_kernel import Kernel
 from hfpatch.ops.torch_output import Output, blocked
-from hfpatch.selection import BlockMap
 
 
 def run(problem: Problem, sel: BlockMap, out: Output, kernel: Kernel) -> None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfpatch.core.selection import BlockMap
 from hfpatch.ops import torch_block_decode
 from hfpatch.ops.call import Problem
 from hfpatch.ops.gather import RowGather, take
 from hfpatch.ops.merge import Part
 from hfpatch.ops.torch_kernel import Kernel, lse_of_nothing
 from hfpatch.ops.torch_output import Output, blocked
-from hfpatch.selection import BlockMap
 
 CHUNK_KEYS = 1 << 14
 

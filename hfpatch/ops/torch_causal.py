@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
+from hfpatch.core.selection import Causal
 from hfpatch.ops import torch_masked
 from hfpatch.ops.call import Problem
 from hfpatch.ops.merge import Part
 from hfpatch.ops.torch_kernel import Kernel
 from hfpatch.ops.torch_output import Output, blocked
-from hfpatch.selection import Causal
 
 SHORT = 2048
 

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
+from hfpatch.core.selection import BlockMap, Causal, Rows, SinkWindow
 from hfpatch.ops import torch_blocks, torch_causal, torch_masked, torch_window
 from hfpatch.ops.call import Problem
 from hfpatch.ops.torch_kernel import Kernel
 from hfpatch.ops.torch_output import Output
-from hfpatch.selection import BlockMap, Causal, Rows, SinkWindow
 
 
 def supports(problem: Problem) -> str | None:

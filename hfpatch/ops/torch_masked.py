@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from hfpatch.core.selection import Causal
 from hfpatch.ops.call import Problem
 from hfpatch.ops.row_mask import row_mask
 from hfpatch.ops.torch_kernel import Kernel
 from hfpatch.ops.torch_output import Output, blocked
-from hfpatch.selection import Causal
 
 CHUNK_ELEMENTS = 1 << 22
 SPARSE_COLUMNS = 0.75

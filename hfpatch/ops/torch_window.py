@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from hfpatch.core.selection import Causal, SinkWindow
 from hfpatch.ops import torch_causal, torch_masked
 from hfpatch.ops.call import Problem
 from hfpatch.ops.merge import Part
 from hfpatch.ops.torch_kernel import Kernel
 from hfpatch.ops.torch_output import Output, blocked
-from hfpatch.selection import Causal, SinkWindow
 
 BLOCK_ROWS = 256
 CHUNK_QUERIES = 1024

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hfpatch.core.selection import BlockMap, Causal, Selection, SinkWindow
 from hfpatch.ops.call import Problem
 from hfpatch.ops.parts import leaves, run_parts
 from hfpatch.ops.torch_blocks import Plan
 from hfpatch.ops.torch_output import Output
-from hfpatch.selection import BlockMap, Causal, Selection, SinkWindow
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256

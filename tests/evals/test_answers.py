@@ -1,15 +1,17 @@
 """An answer counts when it stands in the text as whole words and whole numbers, wherever one is looked for."""
 
 import pytest
-from hfpatch.evals import niah, reader_job
-from hfpatch.evals.cells import Cell, Session
-from hfpatch.evals.models import Loaded
-from hfpatch.evals.niah import NiahJob
-from hfpatch.evals.reader_job import ReaderJob
+from hfpatch.evals.jobs import niah
+from hfpatch.evals.jobs import reader as reader_job
+from hfpatch.evals.jobs.niah import NiahJob
+from hfpatch.evals.jobs.reader import ReaderJob
+from hfpatch.evals.run.cells import Cell, Session
+from hfpatch.evals.run.models import Loaded
+from hfpatch.evals.run.variants import Variant
 from hfpatch.evals.tasks import Sample, get_task
 from hfpatch.evals.tasks.answers import holds
-from hfpatch.evals.tasks.scripts import words
-from hfpatch.evals.variants import Variant
+
+from hfpatch.text.scripts import words
 
 CODE = "699108"
 
@@ -70,7 +72,7 @@ def job_score(job, module, monkeypatch, model, tokenizer, told):
     session = Session("tiny", [Variant("dense")])
     session.loaded = Loaded("tiny", model, tokenizer)
     value = "123456"
-    monkeypatch.setattr("hfpatch.evals.testbed.text.random_value", lambda rng: value)
+    monkeypatch.setattr("hfpatch.text.grammar.random_value", lambda rng: value)
     monkeypatch.setattr(
         module, "complete", lambda model, tokenizer, prompts, room: [told.format(value)] * len(prompts)
     )

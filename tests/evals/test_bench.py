@@ -2,18 +2,21 @@
 
 import pytest
 import torch
-from hfpatch.evals import backends, bench, memory
-from hfpatch.evals.bench import LatencyJob, Stopwatch, break_evens, time_once
-from hfpatch.evals.cells import Cell, Session
-from hfpatch.evals.correctness import check_variant
 from hfpatch.evals.errors import EvaluationError, ExecutorMismatchError
-from hfpatch.evals.generation import generate_tokens, text_ids
-from hfpatch.evals.memory import MemoryJob
-from hfpatch.evals.models import Loaded
-from hfpatch.evals.stats import apart, break_even, break_even_text, summarise
-from hfpatch.evals.variants import parse_variants
+from hfpatch.evals.jobs import latency as bench
+from hfpatch.evals.jobs import memory
+from hfpatch.evals.jobs.latency import LatencyJob, Stopwatch, break_evens, time_once
+from hfpatch.evals.jobs.memory import MemoryJob
+from hfpatch.evals.run import backends
+from hfpatch.evals.run.cells import Cell, Session
+from hfpatch.evals.run.correctness import check_variant
+from hfpatch.evals.run.generation import generate_tokens, text_ids
+from hfpatch.evals.run.models import Loaded
+from hfpatch.evals.run.stats import apart, break_even, break_even_text, summarise
+from hfpatch.evals.run.variants import parse_variants
 
-from hfpatch import ops, pipeline
+from hfpatch import ops
+from hfpatch.runtime import pipeline
 
 
 @pytest.fixture

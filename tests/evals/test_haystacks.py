@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 from hfpatch.evals.errors import EvaluationError
-from hfpatch.evals.models import Loaded
-from hfpatch.evals.niah import NiahJob
+from hfpatch.evals.jobs.niah import NiahJob
+from hfpatch.evals.run.models import Loaded
 from hfpatch.evals.tasks import get_task, harness
 from hfpatch.evals.tasks.filling import little
 from hfpatch.evals.tasks.layout import compose, count_tokens
-from hfpatch.evals.tasks.pieces import cut, split
-from hfpatch.evals.tasks.sources import sentences
 from hfpatch.evals.tasks.stream import stream
-from hfpatch.evals.testbed import text
 from test_tasks import byte_tokenizer, word_tokenizer
 from tokenizers import Regex, normalizers
 
+from hfpatch.text import grammar
+from hfpatch.text.pieces import cut, split
+from hfpatch.text.sources import sentences
+
 DRAW = random.Random(0)
-FACT = text.needle("brisk-otter", "123456")
+FACT = grammar.needle("brisk-otter", "123456")
 TEXTS = {
     "chinese": "".join(f"第{n}天的天气很好，孩子们在公园里玩耍。" for n in range(200)),
     "chinese without marks": "".join(DRAW.choices("天地人你我他大小山水火木金土日月", k=3000)),
@@ -53,7 +54,7 @@ def haystack(request, tmp_path):
 
 def place(tokenizer, prompt: str) -> tuple[float, int]:
     """Share of the haystack's tokens that stand before the needle, and their number in all."""
-    said = prompt.split("\nQuestion")[0].split(text.needle("", "")[:19])
+    said = prompt.split("\nQuestion")[0].split(grammar.needle("", "")[:19])
     before, after = (count_tokens(tokenizer, part) for part in said)
     return before / (before + after), before + after
 
@@ -91,9 +92,10 @@ def test_samples_begin_at_different_places(tmp_path, tokenizer):
 
 
 def test_english_sentences_are_what_they_were():
-    for source in (text.PROSE_FILE.read_text(encoding="utf-8"), '"Oh!" said he. (A b.) "No.\n\nYes" 5 p.m. He left.'):
-        assert [" ".join(pieces) for pieces in split(source)] == text.split_sentences(source)
-    assert all(len(pieces) == 1 for pieces in split(text.PROSE_FILE.read_text(encoding="utf-8")))
+    prose = grammar.PROSE_FILE.read_text(encoding="utf-8")
+    for source in (prose, '"Oh!" said he. (A b.) "No.\n\nYes" 5 p.m. He left.'):
+        assert [" ".join(pieces) for pieces in split(source)] == grammar.split_sentences(source)
+    assert all(len(pieces) == 1 for pieces in split(prose))
 
 
 def test_pieces_are_sentences_or_short(tmp_path):
@@ -125,7 +127,7 @@ def silent_tokenizer():
 
 
 def test_what_cannot_be_filled_is_refused_with_figures(tokenizer):
-    asked = {"tail": text.question("brisk-otter")}
+    asked = {"tail": grammar.question("brisk-otter")}
     with pytest.raises(EvaluationError, match=r"comes to \d+ of 1000 tokens, \d+ too few, .* choose another haystack"):
         compose(silent_tokenizer(), [FACT], [0.5], repeat("第三天"), 1000, **asked)
     with pytest.raises(EvaluationError, match=r"depth 50% would stand at \d+% .* \d+ tokens off"):

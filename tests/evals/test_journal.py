@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from hfpatch.evals.errors import EvaluationError, FileError
-from hfpatch.evals.journal import Journal
-from hfpatch.evals.niah import NiahJob
-from hfpatch.evals.results import write_jsonl
-from hfpatch.evals.runner import Run, clear, execute
-from hfpatch.evals.variants import parse_variants
+from hfpatch.evals.jobs.niah import NiahJob
+from hfpatch.evals.run.journal import Journal
+from hfpatch.evals.run.results import write_jsonl
+from hfpatch.evals.run.runner import Run, clear, execute
+from hfpatch.evals.run.variants import parse_variants
 
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\ud800", "\0"]
 HEAD = b'{"run": {"seed": 0}}\n'
@@ -174,7 +174,7 @@ def test_a_run_is_refused_while_another_has_its_folder(tmp_path: Path) -> None:
 def open_elsewhere(folder: Path) -> subprocess.Popen[str]:
     """Another process that keeps a journal of the folder open."""
     code = (
-        "import sys; from pathlib import Path; from hfpatch.evals.journal import Journal\n"
+        "import sys; from pathlib import Path; from hfpatch.evals.run.journal import Journal\n"
         "j = Journal(Path(sys.argv[1]), {'seed': 0}).open(); j.add('theirs', {})\n"
         "print('open', flush=True); input()"
     )

@@ -4,22 +4,23 @@ import random
 
 import pytest
 import torch
-from hfpatch.evals.cells import Session
 from hfpatch.evals.errors import EvaluationError
-from hfpatch.evals.generation import complete, pad_left
-from hfpatch.evals.models import Loaded
-from hfpatch.evals.niah import NiahJob
+from hfpatch.evals.jobs.niah import NiahJob
+from hfpatch.evals.run.cells import Session
+from hfpatch.evals.run.generation import complete, pad_left
+from hfpatch.evals.run.models import Loaded
+from hfpatch.evals.run.variants import parse_variants
 from hfpatch.evals.tasks.layout import compose, count_tokens
-from hfpatch.evals.tasks.sources import sentences
-from hfpatch.evals.testbed import text
-from hfpatch.evals.variants import parse_variants
+
+from hfpatch.text import grammar
+from hfpatch.text.sources import sentences
 
 
 def fill(tokenizer, source, needle, tail, length, depth):
     return compose(tokenizer, [needle], [depth], source, length, tail=tail)
 
 
-NEEDLE, TAIL = text.needle("brisk-otter", "123456"), text.question("brisk-otter")
+NEEDLE, TAIL = grammar.needle("brisk-otter", "123456"), grammar.question("brisk-otter")
 
 
 @pytest.mark.parametrize("source", ["grammar", "prose"])
@@ -75,9 +76,9 @@ def test_scores_follow_the_text_and_record_the_question(model, tokenizer, monkey
     values = {s.prompt: s.value for s in job.build(session.loaded, 256, 0)}
 
     def answer(model, tokenizer, prompts, room):
-        return [f" {values[p]}." if p.startswith(text.needle("", "")[:15]) else " 000000." for p in prompts]
+        return [f" {values[p]}." if p.startswith(grammar.needle("", "")[:15]) else " 000000." for p in prompts]
 
-    monkeypatch.setattr("hfpatch.evals.niah.complete", answer)
+    monkeypatch.setattr("hfpatch.evals.jobs.niah.complete", answer)
     results = {cell: job.run(cell, session) for cell in job.cells(session.variants)}
     rows = job.rows({cell: r.data for cell, r in results.items()})
     assert {(r["variant"], r["depth"]): r["score"] for r in rows} == {

@@ -6,29 +6,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hfpatch.evals.cells import Cell, Session
 from hfpatch.evals.errors import EvaluationError
-from hfpatch.evals.estimate import measure_speed
-from hfpatch.evals.generation import complete, text_ids
-from hfpatch.evals.memory import _measure
-from hfpatch.evals.models import Loaded, check_length
-from hfpatch.evals.niah import NiahJob
-from hfpatch.evals.perplexity_job import PerplexityJob
-from hfpatch.evals.reader_job import ReaderJob
-from hfpatch.evals.task_job import TaskJob
+from hfpatch.evals.jobs.memory import _measure
+from hfpatch.evals.jobs.niah import NiahJob
+from hfpatch.evals.jobs.perplexity import PerplexityJob
+from hfpatch.evals.jobs.reader import ReaderJob
+from hfpatch.evals.jobs.task import TaskJob
+from hfpatch.evals.run.cells import Cell, Session
+from hfpatch.evals.run.estimate import measure_speed
+from hfpatch.evals.run.generation import complete, text_ids
+from hfpatch.evals.run.models import Loaded, check_length
+from hfpatch.evals.run.variants import Variant, parse_variants
 from hfpatch.evals.tasks import PerplexityByPosition
 from hfpatch.evals.tasks.layout import count_tokens
-from hfpatch.evals.variants import Variant, parse_variants
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, OPTConfig
 
 from hfpatch import patched
 from hfpatch.calibrate.classification import Example, Questions
+from hfpatch.calibrate.flux.examples import built_in_example
 from hfpatch.errors import InputError
-from hfpatch.flux.examples import built_in_example
-from hfpatch.infiniretri.prompt import make_prompt
-from hfpatch.positions import position_table
-from hfpatch.prompt_ids import prompt_ids, special_around
+from hfpatch.methods.infiniretri.prompt import make_prompt
+from hfpatch.runtime.positions import position_table
+from hfpatch.text.prompt_ids import prompt_ids, special_around
 
 CLOSED = ["$A </s>", "<s> $A </s>", "<s> $A <pad>", "$A <pad> </s>", "<pad> <s> $A </s> </s>"]
 OPEN = ["$A", "<s> $A"]

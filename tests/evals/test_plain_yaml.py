@@ -4,8 +4,9 @@ import time
 
 import pytest
 from hfpatch.evals.errors import FileError
-from hfpatch.evals.located import MOST_BYTES, parse, read
-from hfpatch.evals.plain_yaml import MOST_VALUES
+
+from hfpatch.files.located import MOST_BYTES, parse, read
+from hfpatch.files.plain_yaml import MOST_VALUES
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{here}: &{here} [{','.join(['*' + before] * 9)}]\n" for before, here in zip("abcdefgh", "bcdefghi", strict=True)

@@ -5,14 +5,15 @@ from itertools import count, islice
 
 import pytest
 from hfpatch.evals.errors import EvaluationError
-from hfpatch.evals.recipe import load_recipe
-from hfpatch.evals.recipe_run import build_run
-from hfpatch.evals.results import read_results
-from hfpatch.evals.runner import execute
-from hfpatch.evals.tables import TABLES, print_results
-from hfpatch.evals.tasks.sources import sentences
+from hfpatch.evals.recipe.build import build_run
+from hfpatch.evals.recipe.recipe import load_recipe
+from hfpatch.evals.report.tables import TABLES, print_results
+from hfpatch.evals.run.results import read_results
+from hfpatch.evals.run.runner import execute
 from hfpatch.evals.tasks.stream import stream
 from rich.console import Console
+
+from hfpatch.text.sources import sentences
 
 RECIPE = """model: MODEL
 variants:
@@ -89,7 +90,7 @@ def test_reader_job_is_shown_and_not_repeated(finished, monkeypatch):
     with console.capture() as shown:
         print_results(results, console)
     assert "answers found" in shown.get() and "of 2" in shown.get() and set(TABLES) > {"reader"}
-    monkeypatch.setattr("hfpatch.evals.reader_job.ReaderJob.run", None)
+    monkeypatch.setattr("hfpatch.evals.jobs.reader.ReaderJob.run", None)
     assert execute(build_run(load_recipe(out / "recipe.yaml")), out)["jobs"] == results["jobs"]
 
 

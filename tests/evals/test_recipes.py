@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hfpatch.evals.cells import Cell, Session
 from hfpatch.evals.errors import EvaluationError
-from hfpatch.evals.estimate import Speed, estimate
-from hfpatch.evals.models import Loaded
-from hfpatch.evals.recipe import FOLDER, find_recipe, list_recipes, load_recipe
-from hfpatch.evals.recipe_run import build_run
-from hfpatch.evals.report import write_report
-from hfpatch.evals.results import Journal, read_results
-from hfpatch.evals.runner import execute
-from hfpatch.evals.variants import parse_variants
+from hfpatch.evals.recipe.build import build_run
+from hfpatch.evals.recipe.recipe import FOLDER, find_recipe, list_recipes, load_recipe
+from hfpatch.evals.report.write import write_report
+from hfpatch.evals.run.cells import Cell, Session
+from hfpatch.evals.run.estimate import Speed, estimate
+from hfpatch.evals.run.models import Loaded
+from hfpatch.evals.run.results import Journal, read_results
+from hfpatch.evals.run.runner import execute
+from hfpatch.evals.run.variants import parse_variants
 
 from hfpatch import PatchConfig
 from hfpatch.errors import HfpatchError
@@ -221,7 +221,7 @@ def test_killed_run_resumes_to_the_same_results(tmp_path, folder):
 def test_finished_run_is_not_repeated_and_other_arguments_are_refused(tmp_path, folder, monkeypatch):
     file = recipe(tmp_path, folder)
     first = execute(build_run(load_recipe(file)), tmp_path / "out")
-    monkeypatch.setattr("hfpatch.evals.niah.NiahJob.run", None)
+    monkeypatch.setattr("hfpatch.evals.jobs.niah.NiahJob.run", None)
     assert timeless(execute(build_run(load_recipe(file)), tmp_path / "out")) == timeless(first)
     assert timeless(read_results(tmp_path / "out")) == timeless(first)
     with pytest.raises(EvaluationError, match="other arguments"):
@@ -231,7 +231,7 @@ def test_finished_run_is_not_repeated_and_other_arguments_are_refused(tmp_path, 
 def test_one_of_two_processes_does_its_share_and_one_alone_finishes_it(tmp_path, folder, monkeypatch):
     file = recipe(tmp_path, folder)
     alone = execute(build_run(load_recipe(file)), tmp_path / "alone")
-    monkeypatch.setattr("hfpatch.evals.shards.Shard.barrier", lambda self: None)
+    monkeypatch.setattr("hfpatch.evals.run.shards.Shard.barrier", lambda self: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     out = tmp_path / "shared"
     Journal(out / "cells.jsonl", build_run(load_recipe(file)).arguments()).open()

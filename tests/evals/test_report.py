@@ -6,18 +6,18 @@ import re
 from io import StringIO
 
 import pytest
-from hfpatch.evals.compare import differences, print_comparison, values
 from hfpatch.evals.errors import EvaluationError
-from hfpatch.evals.page import write_page
-from hfpatch.evals.plots import latency, look
-from hfpatch.evals.recipe import load_recipe
-from hfpatch.evals.recipe_run import build_run
-from hfpatch.evals.report import write_report
-from hfpatch.evals.results import read_results
-from hfpatch.evals.runner import execute
-from hfpatch.evals.stats import memory_text, spread_text, time_text, tokens
-from hfpatch.evals.summary import headline, score_points, sentences
-from hfpatch.evals.tables import print_results
+from hfpatch.evals.recipe.build import build_run
+from hfpatch.evals.recipe.recipe import load_recipe
+from hfpatch.evals.report.compare import differences, print_comparison, values
+from hfpatch.evals.report.page import write_page
+from hfpatch.evals.report.plots import latency, look
+from hfpatch.evals.report.summary import headline, score_points, sentences
+from hfpatch.evals.report.tables import print_results
+from hfpatch.evals.report.write import write_report
+from hfpatch.evals.run.results import read_results
+from hfpatch.evals.run.runner import execute
+from hfpatch.evals.run.stats import memory_text, spread_text, time_text, tokens
 from PIL import Image
 from rich.console import Console
 

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 
 from hfpatch import ConfigError, PatchConfig, patch_model, unpatch_model
-from hfpatch.registry import make_config
+from hfpatch.config.registry import make_config
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 from hfpatch.evals import testbed
-from hfpatch.evals.testbed import text
 from hfpatch.evals.testbed.evaluate import cell
 from hfpatch.evals.testbed.train import main as train
 
 from hfpatch import PatchConfig, patched
+from hfpatch.text import grammar
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_checkpoint_stays_small():
 def test_every_task_has_facts_and_turns():
     import random
 
-    for name, make in text.TASKS.items():
+    for name, make in grammar.TASKS.items():
         task = make(random.Random(0))
         assert task.facts and task.turns, name
         assert 0 <= task.target < len(task.facts), name

@@ -1,10 +1,10 @@
 """What `--patch` names: a method with settings, or a saved config by its path, however paths are written."""
 
 import pytest
-from hfpatch.evals.variants import DENSE, parse_variants
+from hfpatch.evals.run.variants import DENSE, parse_variants
 
 from hfpatch import ConfigError, PatchConfig, UnknownMethodError
-from hfpatch.registry import make_config
+from hfpatch.config.registry import make_config
 
 SAVED = PatchConfig([make_config("streaming", {"window": 7})])
 

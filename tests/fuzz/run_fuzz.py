@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hfpatch.evals.bench import LatencyJob
-from hfpatch.evals.lm_eval_job import LmEvalJob
-from hfpatch.evals.memory import MemoryJob
-from hfpatch.evals.niah import NiahJob
-from hfpatch.evals.perplexity_job import PerplexityJob
-from hfpatch.evals.reader_job import ReaderJob
-from hfpatch.evals.runner import Run
-from hfpatch.evals.task_job import TaskJob
-from hfpatch.evals.variants import parse_variants
+from hfpatch.evals.jobs.latency import LatencyJob
+from hfpatch.evals.jobs.lm_eval import LmEvalJob
+from hfpatch.evals.jobs.memory import MemoryJob
+from hfpatch.evals.jobs.niah import NiahJob
+from hfpatch.evals.jobs.perplexity import PerplexityJob
+from hfpatch.evals.jobs.reader import ReaderJob
+from hfpatch.evals.jobs.task import TaskJob
+from hfpatch.evals.run.runner import Run
+from hfpatch.evals.run.variants import parse_variants
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir

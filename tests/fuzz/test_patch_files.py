@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hfpatch import PatchConfig
-from hfpatch.dhsa.predictor import BoundaryPredictor
-from hfpatch.flux.router import Routers
-from hfpatch.patch_config import CONFIG_FILE, TENSOR_FILE
-from hfpatch.registry import make_config
+from hfpatch.config.patch_config import CONFIG_FILE, TENSOR_FILE
+from hfpatch.config.registry import make_config
+from hfpatch.methods.dhsa.predictor import BoundaryPredictor
+from hfpatch.methods.flux.router import Routers
 
 SPARSE = {"sparse_settings": {"sink": 2, "window": 8}}
 DHSA = {

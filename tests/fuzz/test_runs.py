@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hfpatch.evals import runner
-from hfpatch.evals.compare import print_comparison
-from hfpatch.evals.journal import Journal
-from hfpatch.evals.page import write_page
-from hfpatch.evals.recipe import load_recipe
-from hfpatch.evals.recipe_run import build_run
-from hfpatch.evals.results import RESULTS, read_results
-from hfpatch.evals.resume import check_done
-from hfpatch.evals.runner import write_results
-from hfpatch.evals.tables import print_results
+from hfpatch.evals.recipe.build import build_run
+from hfpatch.evals.recipe.recipe import load_recipe
+from hfpatch.evals.report.compare import print_comparison
+from hfpatch.evals.report.page import write_page
+from hfpatch.evals.report.tables import print_results
+from hfpatch.evals.run import runner
+from hfpatch.evals.run.journal import Journal
+from hfpatch.evals.run.results import RESULTS, read_results
+from hfpatch.evals.run.resume import check_done
+from hfpatch.evals.run.runner import write_results
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from methods_list import METHODS
 from patch_fuzz import fixed, refused_or_finite, runs
 
-from hfpatch import HfpatchError, MethodConfig, PatchConfig, list_methods, registry
-from hfpatch.registry import make_config
+from hfpatch import HfpatchError, MethodConfig, PatchConfig, list_methods
+from hfpatch.config import registry
+from hfpatch.config.registry import make_config
 
 NAMES = [*sorted(registry._builtin_names()), *registry.list_presets()]
 LARGE = [2**31 - 1, 2**31, 2**63, 2**64, 10**400, -(2**31), -(2**63)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import zoo
 from safetensors.torch import save_file
 
-from hfpatch.flux.examples import Example
-from hfpatch.flux.training import Recipe, Trainer
+from hfpatch.calibrate.flux.examples import Example
+from hfpatch.calibrate.flux.training import Recipe, Trainer
 from hfpatch.methods.flux import FluxConfig
 
 if __name__ == "__main__":

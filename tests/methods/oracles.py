@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfpatch.call import AttentionCall
-from hfpatch.method import Method
+from hfpatch.config.registry import get_method, make_config
+from hfpatch.core.call import AttentionCall
+from hfpatch.core.method import Method
+from hfpatch.core.selection import Causal
 from hfpatch.ops import attend
-from hfpatch.registry import get_method, make_config
-from hfpatch.selection import Causal
 
 SHAPES = {
     "L63-mha": (1, 4, 4, 63, 63),

@@ -8,11 +8,11 @@ import torch
 from largest import Largest
 from oracles import chosen_mask, make_call, make_method
 
-from hfpatch.dhsa.boundaries import Cutting, cut
-from hfpatch.infiniretri.scores import QuestionView
+from hfpatch.core.selection import BlockMap
 from hfpatch.methods import vertical_slash
+from hfpatch.methods.dhsa.boundaries import Cutting, cut
+from hfpatch.methods.infiniretri.scores import QuestionView
 from hfpatch.ops import attend
-from hfpatch.selection import BlockMap
 
 MOST = 2**31 - 1
 CALLS = {"prefill": (2, 8, 2, 70, 70), "chunk": (1, 4, 2, 9, 70), "decode": (2, 4, 2, 1, 70)}

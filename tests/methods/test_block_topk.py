@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import SHAPES, block_topk, check_executors, chosen_mask, make_call, make_method
 
-from hfpatch.blocks import Grid, block_means
+from hfpatch.core.blocks import Grid, block_means
 from hfpatch.errors import ConfigError
 from hfpatch.methods.block_topk import pooled_weights
 

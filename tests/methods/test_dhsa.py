@@ -12,14 +12,13 @@ import zoo
 from torch import Tensor
 
 from hfpatch import ConfigError, get_method, patched
-from hfpatch.call import AttentionCall, Forward
-from hfpatch.dhsa import boundaries
-from hfpatch.dhsa.rotary import Rotary
-from hfpatch.dhsa.score import score_chunks
-from hfpatch.dhsa.table import ChunkTable
+from hfpatch.core.call import AttentionCall, Forward
+from hfpatch.core.selection import Selection
 from hfpatch.errors import InputError
-from hfpatch.methods.dhsa import KEY, Dhsa
-from hfpatch.selection import Selection
+from hfpatch.methods.dhsa import KEY, Dhsa, boundaries
+from hfpatch.methods.dhsa.rotary import Rotary
+from hfpatch.methods.dhsa.score import score_chunks
+from hfpatch.methods.dhsa.table import ChunkTable
 
 SMALL: dict[str, Any] = {
     "budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "radius": 3, "window": 2, "longest": 11,

@@ -13,13 +13,12 @@ from tiny_tokenizer import byte_tokenizer
 from torch import Tensor
 
 from hfpatch import ConfigError, PatchConfig, patched
-from hfpatch.calibrate import dhsa as calibrate
-from hfpatch.call import AttentionCall
-from hfpatch.dhsa import labels
-from hfpatch.dhsa.predictor import BoundaryPredictor, load_predictor
+from hfpatch.calibrate.dhsa import training as calibrate
+from hfpatch.core.call import AttentionCall
+from hfpatch.core.selection import Layout, SinkWindow
 from hfpatch.draw import draw_layer, kept_map, look
-from hfpatch.methods.dhsa import DhsaConfig
-from hfpatch.selection import Layout, SinkWindow
+from hfpatch.methods.dhsa import DhsaConfig, labels
+from hfpatch.methods.dhsa.predictor import BoundaryPredictor, load_predictor
 
 SMALL: dict[str, Any] = {"budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius": 2}
 

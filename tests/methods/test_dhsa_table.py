@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from hfpatch import get_method
-from hfpatch.call import AttentionCall
-from hfpatch.dhsa import table as module
-from hfpatch.dhsa.rotary import Rotary
-from hfpatch.dhsa.table import ChunkTable, chunk_sums
+from hfpatch.core.call import AttentionCall
 from hfpatch.methods.dhsa import KEY, Dhsa
+from hfpatch.methods.dhsa import table as module
+from hfpatch.methods.dhsa.rotary import Rotary
+from hfpatch.methods.dhsa.table import ChunkTable, chunk_sums
 
 SMALL = {"budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "question_tokens": 0, "close_after": 6}
 

@@ -8,9 +8,9 @@ from oracles import SHAPES, blocks_of, check_executors, chosen_mask, flash_prefi
 from tiny_llama import tiny_model
 
 from hfpatch import patched
+from hfpatch.config.registry import make_config
 from hfpatch.methods import flash_prefill as module
 from hfpatch.ops import attend
-from hfpatch.registry import make_config
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfpatch import ConfigError, IncompatibleMethodsError, PatchConfig, UnsupportedModelError, get_patch, patched
-from hfpatch.flux.router import FULL, Router, Routers, pool_ends
+from hfpatch.config.registry import get_method, make_config
 from hfpatch.methods.flux import FluxConfig
-from hfpatch.registry import get_method, make_config
+from hfpatch.methods.flux.router import FULL, Router, Routers, pool_ends
 
 SPARSE = {"sparse": "streaming", "sparse_settings": {"sink": 2, "window": 8}}
 LENGTH = 63

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from hfpatch import ConfigError, PatchConfig, cli, patched
 from hfpatch.api import patched_with
+from hfpatch.calibrate.flux.examples import Example, built_in_examples, read_examples
+from hfpatch.calibrate.flux.ranking import matrix_entropy, rank_layers
+from hfpatch.calibrate.flux.training import Constraint, Recipe, Trainer
 from hfpatch.errors import InputError
-from hfpatch.flux.examples import Example, built_in_examples, read_examples
-from hfpatch.flux.published import convert_routers, projection_difference, read_published
-from hfpatch.flux.ranking import matrix_entropy, rank_layers
-from hfpatch.flux.router import Router, Routers
-from hfpatch.flux.training import Constraint, Recipe, Trainer
 from hfpatch.methods.flux import FluxConfig
+from hfpatch.methods.flux.published import convert_routers, projection_difference, read_published
+from hfpatch.methods.flux.router import Router, Routers
 
 CONFIG = FluxConfig(router="learned", pool=8, sparse_settings={"sink": 1, "window": 4})
 

@@ -16,11 +16,11 @@ from transformers.models.qwen3_next import modeling_qwen3_next as next_
 
 import hfpatch
 from hfpatch import PatchConfig, get_patch, patched
-from hfpatch.attention_source import dispatching
-from hfpatch.methods._after_attention import read_after
-from hfpatch.methods._research_gates import split_query
-from hfpatch.methods.gated import Gated, GatedConfig, load_gated_model, load_gates
+from hfpatch.methods.gated.method import Gated, GatedConfig, load_gated_model, load_gates
+from hfpatch.methods.gated.research_gates import split_query
 from hfpatch.methods.streaming import StreamingConfig
+from hfpatch.runtime.after_attention import read_after
+from hfpatch.runtime.attention_source import dispatching
 
 ALL_ATTENTION_FUNCTIONS = next_.ALL_ATTENTION_FUNCTIONS
 eager_attention_forward = next_.eager_attention_forward

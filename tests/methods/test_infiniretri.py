@@ -1,5 +1,6 @@
 """InfiniRetri against a plain NumPy reading of the method, fed with eager attention maps."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from tiny_tokenizer import VOCAB, byte_tokenizer
 
 from hfpatch import ConfigError, HfpatchError, NothingPatchedError, get_patch, patch_model, patched
 from hfpatch.errors import InputError
-from hfpatch.infiniretri.prompt import make_prompt, tokenize
-from hfpatch.infiniretri.sentences import chunks, faithful_end, plain_end, sentences
+from hfpatch.methods.infiniretri.prompt import make_prompt, tokenize
+from hfpatch.methods.infiniretri.sentences import chunks, faithful_end, plain_end, sentences
 
 TEXT = "".join(f"The {a} fox number {n} sleeps near the old mill. " for n, a in enumerate(["red", "blue", "odd"] * 14))
 QUESTION = "Where does the blue fox sleep?"
@@ -139,8 +140,52 @@ def test_resumes_where_it_stopped(tmp_path: Path) -> None:
             patch.retrieve(TEXT, "Another?", tokenizer=tokenizer, progress=False, state_file=state)
 
 
+def changed(**values: Any) -> Any:
+    """A change to a reading state: to its first sentence, its first item, or the whole."""
+
+    def change(data: dict[str, Any]) -> Any:
+        for at in (data["items"][0]["kept"][0], data["items"][0], data):
+            at.update({k: v for k, v in values.items() if k in at})
+        return data
+
+    return change
+
+
+DAMAGED: dict[str, Any] = {
+    "a list": lambda data: [data], "no run": lambda data: {**data, "run": None}, "offset": changed(offset="0"),
+    "offset below zero": changed(offset=-1), "no items": changed(items=[]), "item is text": changed(items=["x"]),
+    "two items": lambda data: {**data, "items": data["items"] * 2}, "kept is text": changed(kept="x"),
+    "kept lacks its text": changed(kept=[{"start": 0, "end": 2, "score": 0.5}]), "text is a number": changed(text=1),
+    "ends before it starts": changed(start=9, end=3), "score is text": changed(score="high"),
+    "path": changed(path=[[1]]), "weights": changed(weights=["x"]), "no number": changed(weights=[float("nan")]),
+}  # fmt: skip
+TORN = {
+    "torn": lambda raw: raw[:-9],
+    "twice": lambda raw: b'{"offset": 1, ' + raw[1:],
+    "not UTF-8": lambda raw: b"\xff" + raw,
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, *TORN, "a folder"])
+def test_a_damaged_reading_state_is_told_by_name(name: str, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    with patched(tiny(), "infiniretri", **SETTINGS) as patch:
+        words = {"tokenizer": byte_tokenizer(), "progress": False, "state_file": str(state)}
+        patch.retrieve(TEXT, QUESTION, **words)
+        good = state.read_bytes()
+        state.unlink()
+        if name == "a folder":
+            state.mkdir()
+        else:
+            raw = TORN[name](good) if name in TORN else json.dumps(DAMAGED[name](json.loads(good))).encode()
+            state.write_bytes(raw)
+        with pytest.raises(InputError, match="is not a reading state"):
+            patch.retrieve(TEXT, QUESTION, **words)
+        assert name == "a folder" or state.read_bytes() == raw
+
+
 def test_composes_with_a_patch_underneath() -> None:
-    from hfpatch.registry import make_config
+    from hfpatch.config.registry import make_config
 
     model = tiny()
     methods = [
@@ -281,11 +326,13 @@ def test_layers_are_ranked_by_what_they_find() -> None:
 
 
 def test_the_embedded_model_retrieves_in_layer_2() -> None:
-    from hfpatch.evals.testbed import load, text
+    from hfpatch.evals.testbed import load
+
+    from hfpatch.text import grammar
 
     model, tokenizer = load()
     with patched(model, "infiniretri", template="{context}{question}", chunk_tokens=512) as patch:
-        ranked = patch.rank_layers(tokenizer=tokenizer, question=text.question("{key}"), probes=4)
+        ranked = patch.rank_layers(tokenizer=tokenizer, question=grammar.question("{key}"), probes=4)
     assert ranked[0] == (2, 1.0) and ranked[1][1] < 0.9
 
 

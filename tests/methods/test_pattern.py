@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import DECODES, SHAPES, check_executors, chosen_mask, make_call, make_method, pattern
 
-from hfpatch.selection import Layout
+from hfpatch.core.selection import Layout
 
 RULES = {
     "sliding": (dict(window=3, sink=1), lambda h, i, j: i - j < 3 or j < 1),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfpatch.call import AttentionCall
+from hfpatch.core.call import AttentionCall
+from hfpatch.core.reweight import Columns, initial_weight, regroup
+from hfpatch.core.selection import SinkWindow
 from hfpatch.ops import attend
-from hfpatch.regroup import Columns, initial_weight, regroup
-from hfpatch.selection import SinkWindow
 
 LK = 63
 

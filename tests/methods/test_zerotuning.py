@@ -14,11 +14,11 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import hfpatch
 from hfpatch import PatchConfig, patched
+from hfpatch.core.reweight import Columns, regroup
 from hfpatch.methods.streaming import StreamingConfig
 from hfpatch.methods.zerotuning import ZeroTuningConfig, third_of
 from hfpatch.ops import attend
-from hfpatch.pipeline import Chain, LayerRuntime
-from hfpatch.regroup import Columns, regroup
+from hfpatch.runtime.pipeline import Chain, LayerRuntime
 
 GAMMA = 3.0
 ACTS = [t for t in zoo.SUPPORTED.values() if not t.all_sliding]

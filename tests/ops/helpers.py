@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hfpatch.core.selection import BlockMap, Both, Causal, Layout, Predicate, Rows, Selection, SinkWindow
 from hfpatch.ops import attend
-from hfpatch.selection import BlockMap, Both, Causal, Layout, Predicate, Rows, Selection, SinkWindow
 
 RATIO = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-5}
 

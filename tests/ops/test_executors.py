@@ -8,9 +8,9 @@ import torch
 from helpers import assert_close, check, inputs, layout_of, random_map, selections
 from torch import Tensor
 
+from hfpatch.core.selection import Causal, Layout, Rows, Selection, SinkWindow
 from hfpatch.errors import ExecutorError
 from hfpatch.ops import Executor, Rule, attend, executors, list_executors, merge, register_executor
-from hfpatch.selection import Causal, Layout, Rows, Selection, SinkWindow
 
 
 def test_table():

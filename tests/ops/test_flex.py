@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import RATIO, assert_close, inputs, layout_of, moved, random_map, selections
 
+from hfpatch.core.selection import Causal, SinkWindow
 from hfpatch.errors import ExecutorError
 from hfpatch.ops import attend, flex_executor
 from hfpatch.ops.call import Problem
-from hfpatch.selection import Causal, SinkWindow
 
 KINDS = ["causal", "window", "window_no_sink", "window_one", "window_zero", "window_wide", "sink_wide"]
 KINDS += ["blocks_even", "blocks_uneven", "blocks_shared", "blocks_per_head", "blocks_odd", "tokens"]

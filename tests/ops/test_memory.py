@@ -5,8 +5,8 @@ import torch
 from helpers import inputs, layout_of, random_map
 from largest import Largest
 
+from hfpatch.core.selection import Both, Causal, Predicate, SinkWindow
 from hfpatch.ops import attend
-from hfpatch.selection import Both, Causal, Predicate, SinkWindow
 
 L = 1500
 

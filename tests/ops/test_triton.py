@@ -6,9 +6,9 @@ from helpers import RATIO, assert_close, inputs, layout_of, moved, random_map, s
 from tiny_llama import tiny_model
 
 from hfpatch import patched
+from hfpatch.core.selection import Causal, Rows, SinkWindow
 from hfpatch.errors import ExecutorError
 from hfpatch.ops import attend, triton_executor
-from hfpatch.selection import Causal, Rows, SinkWindow
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'hfpatch[triton]')")
 

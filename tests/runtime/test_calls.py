@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from hfpatch import patched
-from hfpatch.attention_source import attention_source, keywords_read
-from hfpatch.raw_call import RawCall
+from hfpatch.runtime.attention_source import attention_source, keywords_read
+from hfpatch.runtime.raw_call import RawCall
 
 STREAMING: dict[str, Any] = {"method": "streaming", "sink": 2, "window": 8}
 cases = pytest.mark.parametrize("case", METHODS, ids=str)
@@ -239,7 +239,7 @@ def test_packed_sequences_without_a_mask_stay_apart(case: MethodCase) -> None:
     ids=str,
 )
 def test_where_positions_start_again(places: Tensor, again: bool) -> None:
-    from hfpatch.packing import starts_again
+    from hfpatch.runtime.packing import starts_again
 
     assert starts_again(places) is again
 
@@ -331,7 +331,7 @@ def test_continuous_batching_is_called_by_its_name() -> None:
 
     with patched(model, **STREAMING) as patch:
         layer, runtime = patch._plan[0]
-        from hfpatch.raw_call import Context
+        from hfpatch.runtime.raw_call import Context
 
         raw = RawCall(layer.module, q, k, k, None, {"is_causal": False}, Context(None, PagedCache()), runtime)
         assert raw.blocker() == "continuous batching, whose cache keeps several sequences in pages"

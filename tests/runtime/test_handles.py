@@ -17,7 +17,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedModel
 import hfpatch
 import hfpatch.api as api
 from hfpatch import AlreadyPatchedError, HfpatchError, NotPatchedError, get_patch, patch_model, patched, unpatch_model
-from hfpatch.injection import RUNTIME
+from hfpatch.runtime.injection import RUNTIME
 
 STREAMING: dict[str, Any] = {"method": "streaming", "sink": 2, "window": 8}
 SHARED: dict[str, Any] = {
@@ -221,11 +221,11 @@ def test_threads_may_fight_over_a_model() -> None:
 
 @contextmanager
 def interrupted_at(line: int) -> Iterator[list[int]]:
-    """Ctrl-C at the n-th line that is run inside hfpatch/api.py and hfpatch/injection.py, once.
+    """Ctrl-C at the n-th line that is run inside hfpatch/api.py and hfpatch/runtime/injection.py, once.
 
     Not between the steps of a `with` block itself, which Python does not let anyone guard.
     """
-    count, files = [0], (api.__file__, hfpatch.injection.__file__)
+    count, files = [0], (api.__file__, hfpatch.runtime.injection.__file__)
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
         if frame.f_code.co_filename not in files:

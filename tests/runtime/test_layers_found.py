@@ -17,10 +17,10 @@ from transformers import CONFIG_MAPPING
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hfpatch
-from hfpatch.attention_source import attention_source, keywords_read
+from hfpatch.config.patch_config import PatchConfig
 from hfpatch.errors import HfpatchError, NothingPatchedError
-from hfpatch.injection import runtime_of
-from hfpatch.patch_config import PatchConfig
+from hfpatch.runtime.attention_source import attention_source, keywords_read
+from hfpatch.runtime.injection import runtime_of
 
 # patched layers and all: towers, one module for several cache layers, decoders that are not called causal
 TAKEN = {

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.llama import modeling_llama
 
 from hfpatch import patched
-from hfpatch.cache_slot import find_slot, has_room, is_cache, tokens_seen
+from hfpatch.runtime.cache_slot import find_slot, has_room, is_cache, tokens_seen
 
 SMALL: dict[str, Any] = {
     "vocab_size": zoo.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,

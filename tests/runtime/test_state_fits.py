@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from hfpatch import patched
-from hfpatch.cache_state import cache_states
+from hfpatch.runtime.cache_state import cache_states
 
 DHSA = {"budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius": 2, "window": 2, "question_tokens": 0}
 QUEST: dict[str, Any] = {"method": "quest", "budget": 16, "page": 4, "min_length": 0}

@@ -1,0 +1,165 @@
+"""Facts in texts far beyond the window, for variants that read in chunks and variants given the whole text."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from hfpatch.api import Patch
+from hfpatch.text import grammar
+from hfpatch.text.sources import sentences
+
+from ..errors import EvaluationError
+from ..run.cells import Cell, CellResult, Data, Session
+from ..run.generation import complete
+from ..run.models import Loaded, check_length
+from ..run.variants import Variant
+from ..tasks.answers import holds
+from ..tasks.layout import count_tokens
+from ..tasks.stream import stream
+from .memory import peak_reader, trim
+
+FACTS = ("needle", "tracking")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Facts with their depths in [0, 1], what is asked after the text, the answer, and a name for its place."""
+
+    facts: list[str]
+    depths: list[float]
+    question: str
+    answer: str
+    rng: random.Random
+    depth: float
+    index: int
+
+
+@dataclass(frozen=True)
+class ReaderJob:
+    """Settings: text lengths in tokens, depths in percent, samples per depth.
+
+    `facts`: one "needle" at the depth, or "tracking", a chain of assignments spread over the text and followed
+    backwards (`depths` then only count samples). `at_most` keeps a variant from texts longer than that; a variant
+    that does not read in chunks gets the text as one prompt.
+    """
+
+    lengths: Sequence[int]
+    depths: Sequence[float] = (0, 25, 50, 75, 100)
+    samples: int = 1
+    haystack: str = "grammar"
+    facts: str = "needle"
+    at_most: Mapping[str, int] = field(default_factory=dict)
+    label: str = "reader"
+    kind: str = "reader"
+
+    def cells(self, variants: Sequence[Variant]) -> list[Cell]:
+        """One cell per length and variant, the short ones first."""
+        names = [v.name for v in variants]
+        for name in self.at_most:
+            if name not in names:
+                raise EvaluationError(f"at_most names {name!r}, which is no variant; these are {', '.join(names)}.")
+        return [Cell(self.label, v, n) for n in sorted(self.lengths) for v in names if n <= self.at_most.get(v, n)]
+
+    def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
+        """Texts."""
+        return len(self.depths) * self.samples
+
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
+        """Unknown: a reader takes time in proportion to the text, not to its square."""
+        return None
+
+    def settings(self) -> Data:
+        """Arguments as plain data."""
+        return {
+            "lengths": list(self.lengths), "depths": list(self.depths), "samples": self.samples,
+            "haystack": self.haystack, "facts": self.facts, "at_most": dict(self.at_most),
+        }  # fmt: skip
+
+    def questions(self, length: int, seed: int) -> Iterator[Question]:
+        """All questions of one length; the same for every variant."""
+        for depth in self.depths:
+            for index in range(self.samples):
+                rng = random.Random(f"{self.label}-{seed}-{length}-{depth}-{index}")
+                if self.facts == "tracking":
+                    asked = grammar.tracking(rng)
+                    places = sorted(rng.random() for _ in asked.facts)
+                    question, answer = asked.turns[0]
+                    yield Question(asked.facts, places, question, answer.strip(" ."), rng, depth / 100, index)
+                    continue
+                key, value = grammar.random_key(rng), grammar.random_value(rng)
+                facts = [grammar.needle(key, value)]
+                yield Question(facts, [depth / 100], grammar.question(key), value, rng, depth / 100, index)
+
+    def run(self, cell: Cell, session: Session) -> CellResult:
+        """Answer every question of one length under one variant."""
+        loaded, variant = session.loaded, session.variant(cell.variant)
+        records = []
+        with variant.applied(loaded.model) as patch:
+            reads = patch is not None and any("answer" in m.drives for m in patch.methods)
+            if not reads and cell.variant not in self.at_most:
+                check_length(loaded, cell.length)
+            for asked in self.questions(cell.length, session.seed):
+                records.append(self._one(loaded, patch if reads else None, cell, asked))
+                session.step()
+        data = {
+            "grid": [self._point(depth / 100, records) for depth in self.depths],
+            "reads_in_chunks": reads,
+            "question_in_sparse_part": variant.question_in_sparse_part and not reads,
+        }
+        return CellResult(data, records)
+
+    def _one(self, loaded: Loaded, patch: Patch | None, cell: Cell, asked: Question) -> Data:
+        room = count_tokens(loaded.tokenizer, f" {asked.answer}") + 2
+        source = sentences(self.haystack, asked.rng)
+        pieces = stream(loaded.tokenizer, asked.facts, asked.depths, source, cell.length)
+        trim()
+        reader = peak_reader(loaded.device)
+        reader.reset()
+        before, start, busy = reader.now(), time.perf_counter(), time.process_time()
+        found: Data = {}
+        if patch is None:
+            prompt = "".join(pieces).rstrip() + "\n" + asked.question
+            output = complete(loaded.model, loaded.tokenizer, [prompt], room)[0]
+        else:
+            output, found = _read(loaded, patch, pieces, asked, room)
+        took = {"seconds": time.perf_counter() - start, "busy_seconds": time.process_time() - busy}
+        return {
+            "job": self.label, "variant": cell.variant, "length": cell.length, "depth": asked.depth,
+            "index": asked.index, "expected": asked.answer, "output": output,
+            "score": float(holds(output, asked.answer)), **found, **took, "peak": reader.peak() - before,
+        }  # fmt: skip
+
+    @staticmethod
+    def _point(depth: float, records: Sequence[Data]) -> Data:
+        own = [r for r in records if r["depth"] == depth]
+        kept = [r["kept"] for r in own if "kept" in r]
+        return {
+            "depth": depth, "score": mean(r["score"] for r in own), "samples": len(own),
+            "kept": mean(kept) if kept else None, "chunks": own[0].get("chunks"),
+            "seconds": mean(r["seconds"] for r in own), "busy_seconds": mean(r["busy_seconds"] for r in own),
+            "peak": max(r["peak"] for r in own),
+        }  # fmt: skip
+
+    def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
+        """One row per variant, length and depth."""
+        shared = ("reads_in_chunks", "question_in_sparse_part")
+        return [
+            {"variant": cell.variant, "length": cell.length, **point, **{k: data[k] for k in shared}}
+            for cell, data in done.items()
+            for point in data["grid"]
+        ]
+
+
+def _read(
+    loaded: Loaded, patch: Patch, pieces: Iterator[str], asked: Question, room: int
+) -> tuple[str, Mapping[str, Any]]:
+    found = patch.retrieve(pieces, asked.question, tokenizer=loaded.tokenizer, progress=False)
+    output = patch.answer(found, tokenizer=loaded.tokenizer, max_new_tokens=room, do_sample=False)
+    kept = {
+        "kept": mean(float(f in found.text) for f in asked.facts), "chunks": found.chunks,
+        "kept_tokens": found.path[-1]["kept_tokens"],
+    }  # fmt: skip
+    return output, kept

@@ -1,0 +1,135 @@
+"""From a recipe's data to the run it describes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from hfpatch import PatchConfig, get_method, list_methods
+from hfpatch.errors import HfpatchError
+from hfpatch.files.located import Located, Where
+
+from ..jobs.latency import LatencyJob
+from ..jobs.lm_eval import LmEvalJob
+from ..jobs.memory import MemoryJob
+from ..jobs.niah import NiahJob
+from ..jobs.perplexity import PerplexityJob
+from ..jobs.reader import ReaderJob
+from ..jobs.task import TaskJob
+from ..run.cells import Job
+from ..run.models import load_skeleton
+from ..run.patch_files import checked_config
+from ..run.runner import Run
+from ..run.variants import DENSE, THROUGH, Variant, make_variant, parse_variants
+from ..tasks import get_task
+
+JOBS: dict[str, Any] = {
+    "niah": NiahJob, "reader": ReaderJob, "perplexity": PerplexityJob, "lm-eval": LmEvalJob,
+    "latency": LatencyJob, "memory": MemoryJob,
+}  # fmt: skip
+
+
+def build_run(found: Located) -> Run:
+    """The run a checked recipe describes. Raises FileError, HfpatchError."""
+    data = found.data
+    notes: list[str] = []
+    variants = all_variants(found, notes) if data["variants"] == "all" else _variants(found)
+    return Run(
+        title=data.get("title", "recipe"),
+        model=data["model"],
+        variants=variants,
+        jobs=_jobs(found),
+        dtype=data.get("dtype", "auto"),
+        device=data.get("device"),
+        seed=data.get("seed", 0),
+        about=data.get("about", ""),
+        notes=notes,
+    )
+
+
+def all_variants(found: Located, notes: list[str]) -> list[Variant]:
+    """Dense and every method that needs no training, with the recipe's settings for it; the rest goes to `notes`."""
+    model = load_skeleton(found.data["model"])
+    variants = [Variant(DENSE)]
+    settings = found.data.get("settings", {})
+    for name, own in settings.items():
+        checked_config(found, ("settings", name), ("settings", name), name, own)
+    for name in list_methods():
+        if get_method(name).trained:
+            notes.append(f"{name} is left out: it needs training.")
+            continue
+        variant = make_variant(THROUGH if name == DENSE else name, [(name, settings.get(name, {}))])
+        try:
+            with variant.applied(model):
+                pass
+        except HfpatchError as error:
+            notes.append(f"{name} is left out: {error}")
+            continue
+        except (NotImplementedError, RuntimeError):
+            pass  # it reads weights, which the skeleton on the meta device has not got; the run itself will tell
+        variants.append(variant)
+    return variants
+
+
+def _variants(found: Located) -> list[Variant]:
+    variants = [Variant(DENSE)]
+    for n, entry in enumerate(found.data["variants"]):
+        where: Where = ("variants", n)
+        made = _from_methods(found, where, entry) if "methods" in entry else _from_patch(found, where, entry)
+        if made.name in {v.name for v in variants}:
+            raise found.error((*where, "name"), f"the variant {made.name!r} is there twice; give each its own 'name'.")
+        variants.append(made)
+    return variants
+
+
+def _from_methods(found: Located, where: Where, entry: dict[str, Any]) -> Variant:
+    configs = []
+    for n, method in enumerate(entry["methods"]):
+        settings = {k: v for k, v in method.items() if k != "method"}
+        at = (*where, "methods", n)
+        configs.append(checked_config(found, (*at, "method"), at, method["method"], settings))
+    name = entry.get("name") or "+".join(m["method"] for m in entry["methods"])
+    return Variant(name, PatchConfig(configs))
+
+
+def _from_patch(found: Located, where: Where, entry: dict[str, Any]) -> Variant:
+    settings = entry.get("settings", {})
+    plain = entry["patch"].replace("_", "").replace("-", "").isalnum()
+    if plain:
+        checked_config(found, (*where, "patch"), (*where, "settings"), entry["patch"], settings)
+    try:
+        made = parse_variants([entry["patch"]], settings)[1]
+    except HfpatchError as error:
+        if str(error).startswith(found.file):
+            raise
+        raise found.error((*where, "patch"), str(error)) from error
+    return dataclasses.replace(made, name=entry.get("name", made.name))
+
+
+def _jobs(found: Located) -> Sequence[Job]:
+    jobs: list[Job] = []
+    labels: set[str] = set()
+    for group, kind in (("tasks", "task"), ("measures", "measure")):
+        for n, entry in enumerate(found.data.get(group) or []):
+            job = _job(found, (group, n), dict(entry), kind)
+            if job.label in labels:
+                raise found.error((group, n), f"two jobs are called {job.label!r}; give one of them a 'label'.")
+            labels.add(job.label)
+            jobs.append(job)
+    return jobs
+
+
+def _job(found: Located, where: Where, entry: dict[str, Any], kind: str) -> Job:
+    name = entry.pop(kind)
+    if name in JOBS:
+        return JOBS[name](**entry)
+    try:
+        task = get_task(name)
+    except HfpatchError as error:
+        raise found.error((*where, kind), str(error)) from error
+    unknown = sorted(set(entry.get("options", {})) - set(task.options))
+    if unknown:
+        raise found.error(
+            (*where, "options", unknown[0]),
+            f"{name} has no option {unknown[0]!r}; options are {', '.join(sorted(task.options))}.",
+        )
+    return TaskJob(name, **{"label": name, **entry})

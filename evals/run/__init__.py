@@ -1,0 +1,1 @@
+"""A run: models, variants, cells, their journal and results."""

@@ -1,0 +1,86 @@
+"""What a run is made of: jobs, their cells, and the session that runs them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from ..errors import EvaluationError
+from .models import Loaded, load_model
+from .variants import Variant
+
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """The smallest part of a run that is done or not done; `variant` is "" when all variants share it."""
+
+    job: str
+    variant: str
+    length: int
+
+    @property
+    def key(self) -> str:
+        """Name of the cell in the run's journal."""
+        return f"{self.job} | {self.variant} | {self.length}"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a cell found: numbers, and the outcome of every sample."""
+
+    data: Data
+    samples: list[Data] = field(default_factory=list)
+
+
+class Job(Protocol):
+    """A task or a measure of a run."""
+
+    @property
+    def label(self) -> str:
+        """Name of the job in this run."""
+
+    @property
+    def kind(self) -> str:
+        """Which sort of job it is: decides its table and plot."""
+
+    def cells(self, variants: Sequence[Variant]) -> list[Cell]: ...
+
+    def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
+        """Progress steps of a cell."""
+
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
+        """Prompts, new tokens for each, and prompts at a time, for estimates; None when that is not known."""
+
+    def run(self, cell: Cell, session: "Session") -> CellResult: ...
+
+    def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
+        """Flat rows for results.json, in the order of the cells."""
+
+    def settings(self) -> Data:
+        """The job's arguments as plain data."""
+
+
+@dataclass
+class Session:
+    """The model, loaded when first used, with everything a cell needs to know."""
+
+    model_name: str
+    variants: Sequence[Variant]
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+    step: Callable[[], None] = lambda: None
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """Model and tokenizer."""
+        return load_model(self.model_name, self.dtype, self.device)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name. Raises EvaluationError."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise EvaluationError(f"There is no variant {name!r} in this run.")

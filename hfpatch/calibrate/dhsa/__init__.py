@@ -1,0 +1,1 @@
+"""Training of the boundary predictor of `dhsa`."""

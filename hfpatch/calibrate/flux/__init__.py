@@ -1,0 +1,1 @@
+"""Training of routers and ranking of layers for `flux`."""

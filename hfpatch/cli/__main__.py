@@ -1,0 +1,5 @@
+"""`python -m hfpatch.cli`."""
+
+from . import main
+
+main()

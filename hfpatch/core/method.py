@@ -1,0 +1,122 @@
+"""The base class of all methods: the points at which a method may act on a layer call."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..config.method_config import MethodConfig
+from ..errors import IncompatibleMethodsError
+from .call import AttentionCall
+from .learned import Learned, ModelSizes
+from .reweight import Columns
+from .selection import Selection, SinkWindow
+
+POINTS = ("select", "bias", "regroup", "output", "route", "observe", "retain")
+
+
+class Method:
+    """Override any of `select`, `bias`, `regroup`, `output`, `route`, `observe`, `retain`; the rest stays dense.
+
+    One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
+    (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases: a chunk after a cache counts as
+    prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "queries" (before RoPE) and
+    "forward" (what layers share in a pass). `causality` says what a later token can change for an earlier one: "yes"
+    nothing, "tile" which keys the queries of its own block see, "no" anything. `retains` switches `retain` on.
+    `positional` methods give sinks and windows, worked out from sizes alone, and compile into one graph. `drives`
+    names the methods that run the model themselves; `get_patch(model).<name>(...)` calls them with the model first.
+    """
+
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    kinds: ClassVar[frozenset[str]] = frozenset({"full"})
+    drives: ClassVar[frozenset[str]] = frozenset()
+    stateful: ClassVar[bool] = False
+    positional: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
+
+    _points: ClassVar[frozenset[str]] = frozenset()
+    acts_in: frozenset[str] = frozenset({"prefill", "decode"})
+    causality: str = "yes"
+    retains: bool = False
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        config.check()
+        self.config = config
+        self.given: Mapping[str, Tensor] = dict(tensors or {})
+
+    def pick(self, layers: list[int]) -> list[int]:
+        """Which of the decoder layers the user's `layers` leave to it, in order, the method wants."""
+        return layers
+
+    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        """Look at the model before it is patched; raise to refuse it."""
+
+    def notes(self) -> list[str]:
+        """Sentences for the report, about this method on this model."""
+        return []
+
+    def learns(self, sizes: ModelSizes) -> Mapping[str, Learned] | None:
+        """The tensors it takes for a model of these sizes, by name; `given` is checked against it before `pick`.
+
+        None: it says nothing, and what it is given goes unchecked.
+        """
+        return {} if type(self).tensors is Method.tensors else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Learned tensors to save beside the config."""
+        return dict(self.given)
+
+    def select(self, call: AttentionCall) -> Selection | None:
+        """Which keys each query attends to; None leaves the layer dense."""
+        return None
+
+    def bias(self, call: AttentionCall) -> Tensor | None:
+        """Additive bias on key columns, `[B|1, Hq|1, Lk]`, after soft-capping."""
+        return None
+
+    def regroup(self, call: AttentionCall) -> list[Columns]:
+        """Factors on the softmax weights of disjoint key columns, renormalised afterwards."""
+        return []
+
+    def output(self, call: AttentionCall, out: Tensor) -> Tensor:
+        """Head outputs `[B, Lq, Hq, Dv]` on their way to the output projection."""
+        return out
+
+    def route(self, call: AttentionCall) -> "list[Method | None]":
+        """For each row of the call the method that serves it, None for dense."""
+        return [None] * call.B
+
+    def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+        """Read-only look at the result; `lse [B, Hq, Lq]` is given when `needs` names "lse"."""
+
+    def retain(self, call: AttentionCall) -> SinkWindow | None:
+        """The only keys these rows will ever look at again; once all rows agree the cache drops the others."""
+        return None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._points = frozenset(p for p in POINTS if getattr(cls, p) is not getattr(Method, p))
+
+    @classmethod
+    def points(cls) -> frozenset[str]:
+        """The points this method overrides."""
+        return cls._points
+
+    @property
+    def name(self) -> str:
+        """Registered name."""
+        return self.config.method
+
+
+def check_compatible(methods: Sequence[Method]) -> None:
+    """Raise IncompatibleMethodsError when two methods cannot act on one layer."""
+    for point in ("route",):
+        clash = [m.name for m in methods if point in m.points()]
+        if len(clash) > 1:
+            raise IncompatibleMethodsError(
+                f"{clash[0]!r} and {clash[1]!r} both {point} the same layer; give them different `layers`."
+            )

@@ -1,1 +1,0 @@
-"""What the `flux` method routes with: the learned router and its pooling."""

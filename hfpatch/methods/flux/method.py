@@ -1,0 +1,203 @@
+"""Flux: each layer chooses full or sparse attention for each prompt, once."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...config.layers import parse_layers
+from ...config.method_config import MethodConfig, option
+from ...config.registry import get_method, make_config, register_method
+from ...core.call import AttentionCall
+from ...core.learned import Learned, ModelSizes
+from ...core.method import Method
+from ...core.selection import SinkWindow
+from ...errors import ConfigError, IncompatibleMethodsError, UnsupportedModelError
+from ...ops import attend
+from ...runtime.model_sizes import check_given
+from ..streaming import Streaming
+from .router import FULL, Routers, pool_ends, router_shapes
+
+_PAPER = {"sink": 128, "window": 2048}
+ROUTERS = ("learned", "static", "entropy", "oracle")
+
+
+@dataclass(kw_only=True)
+class FluxConfig(MethodConfig):
+    """Settings of `flux`."""
+
+    method: ClassVar[str] = "flux"
+    sparse: str = option("streaming", "method of the sparse branch; its decode side decides decode")
+    sparse_settings: dict[str, Any] = option(
+        {}, "settings of the sparse branch; for streaming the paper's sink 128, window 2048"
+    )
+    router: str = option(
+        "static", "what decides: trained routers, a layer list, a ranking, both tried", choices=ROUTERS
+    )
+    sparse_layers: str | list[int] | None = option(None, "layers routed sparse by router='static'; none when None")
+    sparsity: float = option(0.5, "share of layers routed sparse by router='entropy'", ge=0.0, le=1.0)
+    pool: int = option(100, "tokens read at each end of the prompt by router='learned'", ge=1)
+    tolerance: float = option(0.05, "relative output error router='oracle' accepts", ge=0.0)
+    crop_cache: bool = option(
+        False, "where all rows of a layer go to streaming, keep only the keys it can see; needs a DynamicCache"
+    )
+
+
+def _shares_keys(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
+
+
+@register_method
+class Flux(Method):
+    """Routes per layer and per row of the batch at the first call of a cache, and keeps to it.
+
+    Flux Attention, arXiv 2604.07394. The learned router follows the code: queries before RoPE, mean over both ends
+    of the prompt and over heads, argmax without noise at inference. Pads are never read: the reference ignores
+    padding. With chunked prefill the first chunk decides, since its keys have been attended by then.
+    `router="entropy"` ranks layers on calibration text (paper, appendix C); `"oracle"` runs both branches of every
+    layer and is meant for tests.
+    """
+
+    config_class = FluxConfig
+    summary = "routes whole layers to full or sparse attention, per prompt"
+    paper = "https://arxiv.org/abs/2604.07394"
+    stateful = True
+
+    def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self.settings = config
+        settings = {**(_PAPER if config.sparse == "streaming" else {}), **config.sparse_settings}
+        child_config = make_config(config.sparse, settings)
+        child_class = get_method(child_config.method)
+        if "select" not in child_class.points() or "route" in child_class.points():
+            raise IncompatibleMethodsError(
+                f"flux cannot route to {config.sparse!r}; `sparse` needs a selecting method."
+            )
+        self.child = child_class(child_config)
+        self.retains = config.crop_cache
+        if config.crop_cache and not self._sees_a_window():
+            raise ConfigError(
+                "flux: crop_cache=True goes with sparse='streaming' in both phases and last_queries=0, which alone "
+                "never looks back at dropped keys."
+            )
+        self.routers: Routers | None = None
+        self.needs = self.child.needs | ({"queries"} if config.router == "learned" else set())
+        self.causality = "no" if config.router in ("learned", "oracle") else self.child.causality
+        self._sparse_layers: set[int] = set()
+        self.frequency: dict[int, Counter[str]] = defaultdict(Counter)
+        self.last: dict[int, dict[int, bool]] = {}
+
+    def _sees_a_window(self) -> bool:
+        c = self.child
+        return isinstance(c, Streaming) and c.settings.phase == "both" and not c.settings.last_queries
+
+    def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
+        found = {"ranking": Learned((sizes.layers,))}
+        shapes = router_shapes(sizes.query_dim)
+        for n in range(sizes.layers):
+            names = {f"layer.{n}.{name}": shape for name, shape in shapes.items()}
+            found |= {name: Learned(shape, along=tuple(names)) for name, shape in names.items()}
+        return found
+
+    def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
+        check_given([self.child], model)
+        self.child.prepare(model, layers)
+        s = self.settings
+        if s.crop_cache and _shares_keys(model):
+            raise UnsupportedModelError(
+                "flux: layers of this model read the keys of others, which crop_cache=True would drop; leave it out."
+            )
+        if s.router == "learned":
+            self.routers = self._load_routers(layers)
+        elif s.router == "entropy":
+            self._sparse_layers = self._ranked(layers)
+        elif s.router == "static" and s.sparse_layers is not None:
+            self._sparse_layers = set(parse_layers(s.sparse_layers, max(layers) + 1))
+
+    def _load_routers(self, layers: Sequence[int]) -> Routers:
+        named = {k: t for k, t in self.given.items() if k.startswith("layer.")}
+        if not named:
+            raise ConfigError(
+                "flux: router='learned' needs trained routers; train them with `hfpatch calibrate flux` and load the "
+                "result with PatchConfig.from_pretrained(folder), or use router='static'."
+            )
+        routers = Routers.from_tensors(named)
+        missing = sorted(set(layers) - set(routers.layers))
+        if missing:
+            raise UnsupportedModelError(f"flux: the routers were trained for other layers; none for {missing}.")
+        return routers
+
+    def _ranked(self, layers: Sequence[int]) -> set[int]:
+        scores = self.given.get("ranking")
+        if scores is None:
+            raise ConfigError(
+                "flux: router='entropy' needs a ranking of this model's layers; `hfpatch calibrate flux`."
+            )
+        ranked, full = scores.tolist(), len(layers) - int(self.settings.sparsity * len(layers))
+        order = sorted(layers, key=lambda n: -ranked[n])
+        return set(order[full:])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.given, **(self.routers.state_dict() if self.routers else {})}
+
+    def route(self, call: AttentionCall) -> list[Method | None]:
+        key = "flux-sparse"
+        if key not in call.state:
+            call.state[key] = self._decide(call)
+            self._count(call, call.state[key])
+        sparse = call.state[key].tolist()
+        phase = "decode" if call.phase == "decode" else "prefill"
+        child = self.child if phase in self.child.acts_in else None
+        return [child if s else None for s in sparse]
+
+    def retain(self, call: AttentionCall) -> SinkWindow | None:
+        sparse = call.state.get("flux-sparse")
+        if sparse is None or not bool(sparse.all()) or not isinstance(self.child, Streaming):
+            return None
+        return SinkWindow(self.child.settings.sink, self.child.settings.window)
+
+    @torch.no_grad()
+    def _decide(self, call: AttentionCall) -> Tensor:
+        """Whether each row goes sparse in this layer, bool `[B]`."""
+        if self.routers is not None:
+            if call.queries is None:
+                raise UnsupportedModelError(f"flux: layer {call.layer} gave no queries before RoPE.")
+            router = self.routers[call.layer].to(call.q.device)
+            return router(pool_ends(call.queries, self.settings.pool)).argmax(-1) != FULL
+        if self.settings.router == "oracle":
+            return self._try_both(call)
+        return torch.full((call.B,), call.layer in self._sparse_layers, device=call.q.device)
+
+    def _try_both(self, call: AttentionCall) -> Tensor:
+        selection = self.child.select(call)
+        common: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+        full = attend(call.q, call.k, call.v, selection=None, **common).out.float()
+        sparse = attend(call.q, call.k, call.v, selection=selection, **common).out.float()
+        error = (sparse - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)
+        return error <= self.settings.tolerance
+
+    def _count(self, call: AttentionCall, sparse: Tensor) -> None:
+        chosen = sparse.tolist()
+        self.frequency[call.layer].update("sparse" if s else "full" for s in chosen)
+        self.last.setdefault(call.layer, {}).update(zip(call.rows, chosen, strict=True))
+
+    def sparse_share(self) -> float:
+        """Share of (layer, prompt) pairs routed sparse so far."""
+        total = sum((c for c in self.frequency.values()), Counter[str]())
+        return total["sparse"] / max(1, sum(total.values()))
+
+    def notes(self) -> list[str]:
+        if not self.frequency:
+            return []
+        per_layer = ", ".join(f"{n}: {c['sparse'] / sum(c.values()):.0%}" for n, c in sorted(self.frequency.items()))
+        rows = sorted({r for layer in self.last.values() for r in layer})
+        samples = "; ".join(
+            f"row {r}: " + "".join("s" if self.last[n].get(r) else "F" for n in sorted(self.last)) for r in rows
+        )
+        return [
+            f"flux routed {self.sparse_share():.0%} of layers to {self.settings.sparse}; by layer {per_layer}",
+            f"flux, last prompts, one letter per layer (s sparse, F full): {samples}",
+        ]

@@ -1,0 +1,136 @@
+"""What patching a model would do: its methods, the layers each takes, and why others are left alone."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config.layers import parse_layers
+from ..config.method_config import MethodConfig
+from ..config.patch_config import PatchConfig
+from ..config.registry import get_method, make_config
+from ..core.method import Method, check_compatible
+from ..errors import ConfigError, NothingPatchedError, UnsupportedModelError
+from ..ops import list_executors
+from ..values import shown
+from .injection import check_queries
+from .model_sizes import check_given
+from .pipeline import LayerRuntime
+from .survey import AttentionLayer, Survey, survey
+
+MethodLike = str | MethodConfig
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Methods with the layers they are to act on; `layers` carry their runtime, `skipped` the reason."""
+
+    config: PatchConfig
+    methods: list[Method]
+    survey: Survey
+    layers: list[tuple[AttentionLayer, LayerRuntime]]
+    skipped: list[tuple[str, str]]
+
+
+def plan_patch(
+    model: nn.Module, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any
+) -> list[tuple[AttentionLayer, str]]:
+    """What patching would do, without doing it: every attention layer with its methods or the reason for none."""
+    found = survey(checked(model))
+    methods = _build(_as_config(method, settings))
+    check_given(methods, model)
+    chosen, why = _assign(methods, found)
+    return [(x, "+".join(m.name for m in chosen[n]) or why[n]) for n, x in enumerate(found.layers)]
+
+
+def prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Planned:
+    """Check everything that can be checked before the model is touched. Raises HfpatchError subclasses."""
+    config = _as_config(method, settings)
+    return prepare_methods(checked(model), config, _build(config))
+
+
+def prepare_methods(model: nn.Module, config: PatchConfig, methods: list[Method]) -> Planned:
+    """As `prepare`, for methods that have been made already."""
+    _check_executors(config)
+    found = survey(model)
+    check_given(methods, model)
+    chosen, why = _assign(methods, found)
+    for some in chosen:
+        check_compatible(some)
+    if not any(chosen):
+        reasons = ", ".join(f"{n} x {r}" for r, n in Counter(why).items())
+        raise NothingPatchedError(
+            f"{'+'.join(m.name for m in methods)} would patch none of the {len(found.layers)} attention layers of "
+            f"{type(model).__name__} ({reasons}); choose other `layers` or a method that acts on these."
+        )
+    for n, some in enumerate(chosen):
+        if any("queries" in m.needs for m in some):
+            check_queries(found.layers[n].module)
+    for m in methods:
+        m.prepare(model, [x.index for n, x in enumerate(found.layers) if m in chosen[n]])
+    own = getattr(model, "config", None)
+    plan = [
+        (x, LayerRuntime(x.name, x.index, found.num_layers, chosen[n], own))
+        for n, x in enumerate(found.layers)
+        if chosen[n]
+    ]
+    for _, runtime in plan:
+        runtime.patched = len(plan)
+    skipped = found.skipped + [(x.name, why[n]) for n, x in enumerate(found.layers) if not chosen[n]]
+    name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None) or None
+    return Planned(PatchConfig(config.methods, name, config.tensors), methods, found, plan, skipped)
+
+
+def checked(model: Any) -> nn.Module:
+    """The model, if it is a loaded one. Raises UnsupportedModelError."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise UnsupportedModelError(f"Expected a loaded Transformers model, not {what}.")
+    return model
+
+
+def _as_config(method: Any, settings: dict[str, Any]) -> PatchConfig:
+    if isinstance(method, str):
+        return PatchConfig([make_config(method, settings)])
+    if settings:
+        raise ConfigError(
+            f"Settings ({', '.join(settings)}) go with a method's name; put them into the config instead."
+        )
+    if isinstance(method, PatchConfig):
+        return method
+    if isinstance(method, MethodConfig):
+        return PatchConfig([method])
+    if isinstance(method, (list, tuple)) and method:
+        configs = [make_config(m, {}) if isinstance(m, str) else m for m in method]
+        if all(isinstance(c, MethodConfig) for c in configs):
+            return PatchConfig(configs)
+    raise ConfigError(f"patch_model takes a method name, a config or a non-empty list of these, not {shown(method)}.")
+
+
+def _build(config: PatchConfig) -> list[Method]:
+    return [get_method(c.method)(c, own) for c, own in zip(config.methods, config.tensors_by_method(), strict=True)]
+
+
+def _assign(methods: list[Method], found: Survey) -> tuple[list[list[Method]], list[str]]:
+    """Methods per attention layer, and for layers without any the reason."""
+    chosen: list[list[Method]] = [[] for _ in found.layers]
+    why = ["not chosen"] * len(found.layers)
+    for method in methods:
+        wanted = set(parse_layers(method.config.layers, found.num_layers))
+        picked = set(method.pick([x.index for x in found.layers if x.index in wanted and x.kind in method.kinds]))
+        for n, layer in enumerate(found.layers):
+            if layer.index in picked and layer.kind in method.kinds:
+                chosen[n].append(method)
+            elif layer.index in wanted:
+                left = layer.kind not in method.kinds
+                why[n] = f"{layer.kind} attention" if left else f"left dense by {method.name}"
+    return chosen, why
+
+
+def _check_executors(config: PatchConfig) -> None:
+    known = [e.name for e in list_executors()]
+    for c in config.methods:
+        if c.executor is not None and c.executor not in known:
+            raise ConfigError(f"{c.method}: executor={shown(c.executor)} is not one of {', '.join(map(repr, known))}.")
