@@ -1,6 +1,5 @@
 """What an interrupted training goes on from: one file, replaced as a whole."""
 
-import pickle
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ def load_state(folder: Path, fields: Collection[str], device: Any = None) -> dic
         return None
     try:
         data = torch.load(file, weights_only=True, map_location=device)
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged file makes of the loader
         raise ConfigError(f"{file} is damaged ({type(error).__name__}); begin anew with --fresh.") from error
     if not isinstance(data, dict) or not set(fields) <= set(data):
         raise ConfigError(f"{file} was not written by this training; use another folder, or --fresh.")
