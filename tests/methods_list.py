@@ -8,7 +8,8 @@ from typing import Any
 class MethodCase:
     """A method with settings that make it sparse on tiny prompts, and settings at which it must equal dense.
 
-    `causality` is what it declares at `settings`; `sliding` says that it acts on sliding-window layers too.
+    `causality` is what it declares at `settings`; `sliding` says that it acts on sliding-window layers too;
+    `one_phase` that it leaves prefill or decode steps dense; `tile` is the number of queries that share a choice.
     """
 
     name: str
@@ -17,6 +18,12 @@ class MethodCase:
     causality: str = "yes"
     sliding: bool = False
     label: str = ""
+    one_phase: bool = False
+
+    @property
+    def tile(self) -> int:
+        """Queries that share a choice of keys, from the first on."""
+        return self.settings.get("block_q", 1)
 
     def __str__(self) -> str:
         return self.label or self.name
@@ -46,7 +53,7 @@ METHODS = [
         "block_topk",
         {"min_length": 0, "block_q": 8, "block_k": 8, "mass": 0.6, "window": 1, "bands": True},
         {"mass": 1.0},
-        "tile",
+        "no",
         label="prism",
     ),
     MethodCase(
@@ -58,7 +65,7 @@ METHODS = [
     MethodCase("pattern", {"block": 4, "window": 2}, {"window": 1 << 20}),
     MethodCase("pattern", {"pattern": "power", "block": 4, "window": 1}, {"window": 1 << 20}, label="power"),
     MethodCase("pattern", {"pattern": "s2", "block": 4, "window": 2, "stride": 2}, {"window": 1 << 20}, label="s2"),
-    MethodCase("quest", {"min_length": 0, "budget": 16, "page": 4}, {"budget": 1.0}, "tile"),
+    MethodCase("quest", {"min_length": 0, "budget": 16, "page": 4}, {"budget": 1.0}, one_phase=True),
     MethodCase("dhsa", DHSA, {"budget": 1 << 20}, "no"),
     MethodCase(
         "dhsa", {**DHSA, "boundaries": "fixed", "question_tokens": 5}, {"budget": 1.0}, "tile", label="dhsa-fixed"
@@ -77,7 +84,7 @@ METHODS = [
         "vertical_slash",
         {"min_length": 0, "block_q": 8, "block_k": 4, "vertical": 8, "slash": 12, "sink": 2, "local": 4},
         {"vertical": 1.0},
-        "tile",
+        "no",
     ),
     MethodCase(
         "xattention",

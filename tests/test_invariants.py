@@ -26,13 +26,14 @@ def acts_on(tiny: zoo.TinyModel, case: MethodCase) -> bool:
     return case.sliding or not tiny.all_sliding
 
 
-PAIRS = [
-    pytest.param(tiny, case, id=f"{tiny.name}-{case}")
-    for tiny in zoo.SUPPORTED.values()
-    for case in METHODS
-    if acts_on(tiny, case)
-]
-pairs = pytest.mark.parametrize("tiny,case", PAIRS)
+def pairs_of(cases: list[MethodCase]) -> pytest.MarkDecorator:
+    """Parametrize over the cases on every architecture with a layer they act on."""
+    found = [(tiny, case) for tiny in zoo.SUPPORTED.values() for case in cases if acts_on(tiny, case)]
+    return pytest.mark.parametrize("tiny,case", [pytest.param(t, c, id=f"{t.name}-{c}") for t, c in found])
+
+
+pairs = pairs_of(METHODS)
+STEPWISE = [case for case in METHODS if case.causality == "yes" and not case.one_phase]
 architectures = pytest.mark.parametrize("tiny", zoo.SUPPORTED.values(), ids=lambda t: t.name)
 
 
@@ -100,20 +101,24 @@ def test_padded_row_equals_row_alone(tiny: zoo.TinyModel, case: MethodCase, side
         assert not patch.report().fallbacks()
 
 
-@pairs
+@pairs_of([case for case in METHODS if case not in STEPWISE])
+def test_a_prompt_with_a_cache_equals_one_without(tiny: zoo.TinyModel, case: MethodCase) -> None:
+    model = built(tiny.name)
+    ids = zoo.prompt(model, 3, LENGTH)
+    with patched(model, case.name, **case.settings):
+        assert_close("prefill", logits(model, ids, use_cache=True), logits(model, ids, use_cache=False))
+
+
+@pairs_of(STEPWISE)
 def test_prefill_and_decode_equal_one_shot(tiny: zoo.TinyModel, case: MethodCase) -> None:
     model = built(tiny.name)
     ids = zoo.prompt(model, 3, LENGTH)
     mid, end = LENGTH - 13, LENGTH - 6
     with patched(model, case.name, **case.settings):
-        if case.causality != "yes":
-            mid = end
-        want = logits(model, ids[:, :end] if case.causality != "yes" else ids)
+        want = logits(model, ids)
         with torch.no_grad():
             out = model(ids[:, :mid], use_cache=True)
             assert_close("prefill", out.logits, want[:, :mid])
-            if case.causality != "yes":
-                return
             cache = out.past_key_values
             if not tiny.hybrid:
                 out = model(ids[:, mid:end], past_key_values=cache)
@@ -124,17 +129,25 @@ def test_prefill_and_decode_equal_one_shot(tiny: zoo.TinyModel, case: MethodCase
                 assert_close(f"decode {n}", out.logits[:, 0], want[:, n])
 
 
-@pairs
-def test_later_tokens_cannot_move_earlier_logits(tiny: zoo.TinyModel, case: MethodCase) -> None:
-    if case.causality != "yes":
-        pytest.skip(f"declares causality {case.causality!r}")
+@pytest.mark.parametrize("case", METHODS, ids=str)
+def test_causality_is_declared_as_the_list_has_it(case: MethodCase) -> None:
+    with patched(built("llama"), case.name, **case.settings) as patch:
+        assert {m.causality for m in patch.methods} == {case.causality}
+
+
+@pairs_of([case for case in METHODS if case.causality != "no"])
+def test_later_tokens_move_no_logit_before_their_tile(tiny: zoo.TinyModel, case: MethodCase) -> None:
+    """Tiles are single queries for causality "yes", else `block_q` queries, counted from the first."""
     model = built(tiny.name)
-    ids = zoo.prompt(model, 1, LENGTH)
-    other = ids.clone()
-    other[:, 40:] = zoo.prompt(model, 1, LENGTH, seed=1)[:, 40:]
-    with patched(model, case.name, **case.settings) as patch:
-        assert all(m.causality == "yes" for m in patch.methods)
-        assert_close("earlier logits", logits(model, other)[:, :40], logits(model, ids)[:, :40])
+    ids, fresh = zoo.prompt(model, 1, LENGTH), zoo.prompt(model, 1, LENGTH, seed=1)
+    tile = case.tile if case.causality == "tile" else 1
+    last = case.settings.get("last_queries") or case.settings.get("question_tokens") or 0
+    with patched(model, case.name, **case.settings):
+        want = logits(model, ids)
+        for start in (LENGTH // 3, LENGTH - 19, LENGTH - 2):
+            other = torch.cat([ids[:, :start], fresh[:, start:]], 1)
+            first = min(start // tile * tile, LENGTH - last if start >= LENGTH - last else start)
+            assert_close(f"logits before {first}", logits(model, other)[:, :first], want[:, :first])
 
 
 @pairs

@@ -61,6 +61,7 @@ class BlockTopk(Method):
     def __init__(self, config: BlockTopkConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
         self.settings = config
+        self.causality = "no" if config.bands else "tile"  # a band's temperature is that of the whole prompt
         self.rotary_share, self.rotary_tail = 1.0, 0
 
     def notes(self) -> list[str]:

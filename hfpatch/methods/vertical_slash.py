@@ -60,7 +60,7 @@ class VerticalSlash(Method):
     summary = "columns and diagonals seen by the last queries"
     paper = "https://arxiv.org/abs/2407.02490"
     acts_in = frozenset({"prefill"})
-    causality = "tile"
+    causality = "no"  # the last queries choose for all
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "minference": {"vertical": 1000, "slash": 6096, "share": "head"},
     }
