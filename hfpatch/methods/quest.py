@@ -40,7 +40,8 @@ class Quest(Method):
     """Elementwise minimum and maximum of each page's keys bound q k from above; the top pages are attended.
 
     Quest, arXiv 2406.10774. At least three pages are kept, the current one among them. The paper chooses per query
-    head (share="head"); heads that share a choice add their bounds up. Prefill stays dense.
+    head (share="head"); heads that share a choice add their bounds up. Prefill stays dense. Bounds are of keys after
+    RoPE: padded rows choose as they would alone with the positions that `generate` gives them.
     """
 
     config_class = QuestConfig
