@@ -53,7 +53,7 @@ def test_the_example_method_keeps_the_invariants(name: str, dilated: MethodCase)
     invariants.test_unpatch_leaves_no_trace(tiny, dilated)
     invariants.test_padded_row_equals_row_alone(tiny, dilated, "left")
     invariants.test_prefill_and_decode_equal_one_shot(tiny, dilated)
-    invariants.test_later_tokens_cannot_move_earlier_logits(tiny, dilated)
+    invariants.test_later_tokens_move_no_logit_before_their_tile(tiny, dilated)
     with pytest.MonkeyPatch.context() as patch:
         invariants.test_reported_density_is_the_counted_one(tiny, dilated, patch)
 
