@@ -9,7 +9,8 @@ class MethodCase:
     """A method with settings that make it sparse on tiny prompts, and settings at which it must equal dense.
 
     `causality` is what it declares at `settings`; `sliding` says that it acts on sliding-window layers too;
-    `one_phase` that it leaves prefill or decode steps dense; `tile` is the number of queries that share a choice.
+    `one_phase` that it leaves prefill or decode steps dense; `tile` is the number of queries that share a choice;
+    `refused` are the architectures it must not touch.
     """
 
     name: str
@@ -19,6 +20,7 @@ class MethodCase:
     sliding: bool = False
     label: str = ""
     one_phase: bool = False
+    refused: tuple[str, ...] = ()
 
     @property
     def tile(self) -> int:
@@ -78,6 +80,7 @@ METHODS = [
         label="dhsa-aligned",
     ),
     MethodCase("zerotuning", {"gamma": 3.0}, {"gamma": 1.0}),
+    MethodCase("gated", {"form": "sigmoid", "start_bias": 1.0}, {"form": "double"}, refused=("qwen3_next",)),
     MethodCase("head_scale", {"heads": [[1, 0], [1, 3]], "factor": 0.3}, {"factor": 1.0}),
     MethodCase("act", {"beta": 0.3, "threshold": 0.04}, {"beta": 1.0}, "no"),
     MethodCase(

@@ -23,7 +23,7 @@ LENGTHS = [63, 40, 25]
 
 
 def acts_on(tiny: zoo.TinyModel, case: MethodCase) -> bool:
-    return case.sliding or not tiny.all_sliding
+    return (case.sliding or not tiny.all_sliding) and tiny.name not in case.refused
 
 
 def pairs_of(cases: list[MethodCase]) -> pytest.MarkDecorator:
@@ -220,6 +220,17 @@ def test_refused_before_anything_changes(tiny: zoo.TinyModel) -> None:
     before = tree(model)
     with pytest.raises(hfpatch.UnsupportedModelError, match=r"cannot be patched.*Use a model"):
         patch_model(model, "streaming")
+    assert tree(model) == before
+
+
+@pytest.mark.parametrize(
+    "tiny,case", [pytest.param(zoo.SUPPORTED[n], case, id=f"{n}-{case}") for case in METHODS for n in case.refused]
+)
+def test_a_method_refuses_what_it_would_make_wrong(tiny: zoo.TinyModel, case: MethodCase) -> None:
+    model = built(tiny.name)
+    before = tree(model)
+    with pytest.raises(hfpatch.UnsupportedModelError, match=r"twice.*\. [A-Z]"):
+        patch_model(model, case.name, **case.settings)
     assert tree(model) == before
 
 

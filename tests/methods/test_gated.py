@@ -8,7 +8,6 @@ import pytest
 import test_invariants as invariants
 import torch
 import zoo
-from methods_list import MethodCase
 from test_invariants import assert_close, built, logits
 from torch import Tensor, nn
 from transformers.models.qwen3 import modeling_qwen3
@@ -194,14 +193,6 @@ def test_gates_on_padded_rows_and_in_decoding(tiny: zoo.TinyModel, granularity: 
             assert_close(f"decode {n}", model(ids[1:, n : n + 1], past_key_values=cache).logits[:, 0], want[:, n])
         assert not patch.report().fallbacks()
     assert invariants.relative(logits(model, ids[1:, :30]), want) > 1e-2
-
-
-@pytest.mark.parametrize("tiny", FREE[::3], ids=lambda t: t.name)
-def test_invariants(tiny: zoo.TinyModel) -> None:
-    case = MethodCase("gated", {"form": "sigmoid", "start_bias": 1.0}, {"form": "double"})
-    invariants.test_keep_all_equals_dense(tiny, case)
-    invariants.test_unpatch_leaves_no_trace(tiny, case)
-    invariants.test_later_tokens_cannot_move_earlier_logits(tiny, case)
 
 
 class Reference(nn.Module):
