@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import hfpatch
 from hfpatch import get_patch, patch_model, patched, unpatch_model
 from hfpatch.api import HANDLE
+from hfpatch.ops import Attended, Problem, watched
 
 TOLERANCE = 1e-5
 LENGTH = 63
@@ -151,21 +152,15 @@ def test_later_tokens_move_no_logit_before_their_tile(tiny: zoo.TinyModel, case:
 
 
 @pairs
-def test_reported_density_is_the_counted_one(
-    tiny: zoo.TinyModel, case: MethodCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reported_density_is_the_counted_one(tiny: zoo.TinyModel, case: MethodCase) -> None:
     model = built(tiny.name)
     counted: list[int] = []
-    original = hfpatch.runtime.pipeline.attend
 
-    def counting(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-        at = hfpatch.core.selection.Layout(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.device)
-        mask = (kwargs["selection"] or hfpatch.core.selection.Causal()).mask(at)
-        counted.append(int(mask.expand(at.B, at.Hq, at.Lq, at.Lk).sum()))
-        return original(q, k, v, **kwargs)
+    def count(problem: Problem, done: Attended) -> None:
+        at = problem.at
+        counted.append(int(problem.selection.mask(at).expand(at.B, at.Hq, at.Lq, at.Lk).sum()))
 
-    monkeypatch.setattr(hfpatch.runtime.pipeline, "attend", counting)
-    with patched(model, case.name, **case.settings) as patch:
+    with patched(model, case.name, **case.settings) as patch, watched(count):
         logits(model, zoo.prompt(model, 3, LENGTH))
         report = patch.report()
     assert all(line.stats.calls == 1 for line in report.lines)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hfpatch import patched
 from hfpatch.runtime import padding
-from hfpatch.runtime.padding import RowGroup, row_groups
+from hfpatch.runtime.padding import row_groups
+from hfpatch.runtime.row_slice import RowSlice
 
 FORMS = ["bool", "additive", "half", "2-D"]
 
@@ -42,27 +43,27 @@ def rows(*spans: tuple[int, int], length: int = 9) -> Tensor:
 @pytest.mark.parametrize("lq", [9, 4, 1])
 def test_ranges_of_real_tokens(form: str, lq: int) -> None:
     valid = rows((0, 9), (3, 9), (0, 9), (3, 9))
-    want = [RowGroup((0, 2), 0, 9), RowGroup((1, 3), 3, 9)]
+    want = [RowSlice((0, 2), 0, 9), RowSlice((1, 3), 3, 9)]
     assert row_groups(as_form(causal(valid, lq), valid, form), 4, lq, 9) == want
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_right_padding_and_empty_rows(form: str) -> None:
     valid = rows((0, 9), (0, 5), (0, 0))
-    want = [RowGroup((0,), 0, 9), RowGroup((1,), 0, 5), RowGroup((2,), 0, 0)]
+    want = [RowSlice((0,), 0, 9), RowSlice((1,), 0, 5), RowSlice((2,), 0, 0)]
     assert row_groups(as_form(causal(valid, 9), valid, form), 3, 9, 9) == want
 
 
 def test_unused_slots_of_a_static_cache_are_cut() -> None:
     valid = rows((2, 9))
     keep = torch.nn.functional.pad(causal(valid, 3), (0, 7))
-    assert row_groups(keep, 1, 3, 9) == [RowGroup((0,), 2, 9)]
+    assert row_groups(keep, 1, 3, 9) == [RowSlice((0,), 2, 9)]
 
 
 def test_no_mask_and_one_mask_for_all_rows() -> None:
-    assert row_groups(None, 3, 9, 9) == [RowGroup((0, 1, 2), 0, 9)]
+    assert row_groups(None, 3, 9, 9) == [RowSlice((0, 1, 2), 0, 9)]
     keep = causal(rows((2, 9)), 9).expand(3, -1, -1, -1)
-    assert row_groups(keep, 3, 9, 9) == [RowGroup((0, 1, 2), 2, 9)]
+    assert row_groups(keep, 3, 9, 9) == [RowSlice((0, 1, 2), 2, 9)]
 
 
 def test_pad_queries_that_see_everything_are_padding() -> None:
@@ -70,7 +71,7 @@ def test_pad_queries_that_see_everything_are_padding() -> None:
     valid = rows((3, 9))
     keep = causal(valid, 9)
     keep[:, :, :3] = True
-    assert row_groups(keep, 1, 9, 9) == [RowGroup((0,), 3, 9)]
+    assert row_groups(keep, 1, 9, 9) == [RowSlice((0,), 3, 9)]
 
 
 def test_packed_sequences_are_not_padding() -> None:
@@ -134,18 +135,18 @@ def test_large_masks_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_answer_does_not_outlive_the_masks_content(inference: bool) -> None:
     with torch.inference_mode(inference):
         mask = causal(rows((0, 9)), 9)
-        assert row_groups(mask, 1, 9, 9) == [RowGroup((0,), 0, 9)]
+        assert row_groups(mask, 1, 9, 9) == [RowSlice((0,), 0, 9)]
         mask[..., :2] = False
         mask[..., :2, :] = False
-        assert row_groups(mask, 1, 9, 9) == [RowGroup((0,), 2, 9)]
-        assert row_groups(mask[..., :5, :5], 1, 5, 5) == [RowGroup((0,), 2, 5)]
+        assert row_groups(mask, 1, 9, 9) == [RowSlice((0,), 2, 9)]
+        assert row_groups(mask[..., :5, :5], 1, 5, 5) == [RowSlice((0,), 2, 5)]
 
 
 def test_an_answer_is_not_given_to_another_mask_at_the_same_address() -> None:
     gc.collect()
     for start in (0, 1, 2, 0, 3):
         mask = causal(rows((start, 9)), 9)
-        assert row_groups(mask, 1, 9, 9) == [RowGroup((0,), start, 9)]
+        assert row_groups(mask, 1, 9, 9) == [RowSlice((0,), start, 9)]
         del mask
 
 
@@ -192,7 +193,7 @@ def test_threads_read_their_own_masks() -> None:
         for _ in range(200):
             mask = causal(rows((start, 9)), 9)
             for _ in range(3):
-                if row_groups(mask, 1, 9, 9) != [RowGroup((0,), start, 9)]:
+                if row_groups(mask, 1, 9, 9) != [RowSlice((0,), start, 9)]:
                     wrong.append(start)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]

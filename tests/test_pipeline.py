@@ -1,4 +1,4 @@
-"""The points at which a method acts: select, bias, regroup, output, route, observe, alone and together."""
+"""The points at which a method acts: select, bias, reweight, output, route, observe, alone and together."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from hfpatch import IncompatibleMethodsError, Method, MethodConfig, patched
 from hfpatch.config import registry
 from hfpatch.core.call import AttentionCall
 from hfpatch.core.reweight import Columns
-from hfpatch.core.reweight import regroup as regroup_op
+from hfpatch.core.reweight import reweight as reweight_op
 from hfpatch.core.selection import BlockMap, Causal, Selection
 from hfpatch.ops import attend
 
@@ -80,7 +80,7 @@ class NoFirstKey(Toy):
 class FirstKey(Toy):
     """Multiplies the weight of the first key by `factor`."""
 
-    def regroup(self, call: AttentionCall) -> list[Columns]:
+    def reweight(self, call: AttentionCall) -> list[Columns]:
         return [Columns(torch.tensor([0]), self.factor)]
 
 
@@ -252,7 +252,7 @@ def values_of(call: AttentionCall, weights: Tensor) -> Tensor:
 @some
 @pytest.mark.parametrize("base", [None, "streaming"])
 @pytest.mark.parametrize("where", ["plain", "padded"])
-def test_regroup_gives_the_weights_of_its_formula(name: str, base: str | None, where: str) -> None:
+def test_reweight_gives_the_weights_of_its_formula(name: str, base: str | None, where: str) -> None:
     tiny, model = zoo.SUPPORTED[name], built(name)
     gamma = 3.0
     head = [registry.make_config("streaming", {"sink": 2, "window": 8})] if base else []
@@ -271,13 +271,13 @@ def test_regroup_gives_the_weights_of_its_formula(name: str, base: str | None, w
         assert_close("out", out, values_of(call, weights))
 
 
-def test_regroup_by_zero_leaves_nothing_where_nothing_is_left() -> None:
+def test_reweight_by_zero_leaves_nothing_where_nothing_is_left() -> None:
     """The first query sees only the first key: taking it away gives 0 and lse -inf, not NaN."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     call = AttentionCall(0, 1, "prefill", q, k, v, 8**-0.5)
     done = attend(q, k, v, selection=None, scale=call.scale)
-    out, lse = regroup_op(call, done.out, done.lse, [Columns(torch.tensor([0]), 0.0)], None)
+    out, lse = reweight_op(call, done.out, done.lse, [Columns(torch.tensor([0]), 0.0)], None)
     assert torch.equal(out[:, 0], torch.zeros_like(out[:, 0])) and bool(lse[..., 0].isneginf().all())
     a = softmax_of(call).clone()
     a[..., 0] = 0
@@ -285,7 +285,7 @@ def test_regroup_by_zero_leaves_nothing_where_nothing_is_left() -> None:
     assert_close("other queries", out[:, 1:], want[:, 1:])
 
 
-def test_regroups_may_share_columns() -> None:
+def test_reweights_may_share_columns() -> None:
     """One after the other: each group renormalises what the earlier ones left."""
     q, k, v = (torch.randn(2, 2, 9, 8) for _ in range(3))
     call = AttentionCall(0, 1, "prefill", q, k[:, :1], v[:, :1], 8**-0.5)
@@ -300,7 +300,7 @@ def test_regroups_may_share_columns() -> None:
         a = a.clone()
         a[..., columns] *= 1 + a[..., columns] if factor is None else factor
         a = a / a.sum(-1, keepdim=True)
-    out, lse = regroup_op(call, done.out, done.lse, groups, None)
+    out, lse = reweight_op(call, done.out, done.lse, groups, None)
     assert_close("out", out, values_of(call, a))
     assert bool(lse.isfinite().all())
 

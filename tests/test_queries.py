@@ -24,7 +24,7 @@ class SpyConfig(MethodConfig):
 @register_method
 class Spy(Method):
     config_class = SpyConfig
-    needs = frozenset({"queries"})
+    needs = frozenset({"q_pre_rope"})
 
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
         SEEN.append(call)
@@ -43,8 +43,8 @@ def test_rotating_them_gives_the_call_s_queries(name: str) -> None:
         model(batch, attention_mask=mask)
     assert SEEN
     for call in SEEN:
-        assert call.queries is not None and call.queries.shape == call.q.transpose(1, 2).shape
-        assert torch.allclose(call.queries.norm(dim=-1), call.q.transpose(1, 2).norm(dim=-1), rtol=1e-4)
+        assert call.q_pre_rope is not None and call.q_pre_rope.shape == call.q.transpose(1, 2).shape
+        assert torch.allclose(call.q_pre_rope.norm(dim=-1), call.q.transpose(1, 2).norm(dim=-1), rtol=1e-4)
 
 
 @torch.no_grad()
@@ -54,9 +54,9 @@ def test_llama_s_own_rotation() -> None:
     with patched(model, "test-query-spy"):
         model(zoo.prompt(model, 2, 20))
     call = SEEN[0]
-    assert call.queries is not None
+    assert call.q_pre_rope is not None
     cos, sin = model.model.rotary_emb(call.q, torch.arange(20)[None])
-    rotated, _ = apply_rotary_pos_emb(call.queries.transpose(1, 2), call.k, cos, sin)
+    rotated, _ = apply_rotary_pos_emb(call.q_pre_rope.transpose(1, 2), call.k, cos, sin)
     assert torch.allclose(rotated, call.q, atol=1e-6)
 
 

@@ -1,15 +1,13 @@
 """Executors against the reference, on the very calls a benchmark is about to time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfpatch.ops import Attended
-from hfpatch.runtime import pipeline
+from hfpatch.ops import Attended, Problem, reference_of, watched
 
 from ..errors import ExecutorMismatchError
 from .models import Loaded
@@ -34,31 +32,23 @@ class Check:
         return {"calls": self.calls, "too_big": self.too_big, "error": self.error, "tolerance": self.tolerance}
 
 
-@contextmanager
-def verified(check: Check) -> Iterator[Check]:
+def verified(check: Check) -> AbstractContextManager[None]:
     """Every executor call inside the block is run by `reference` too. Raises ExecutorMismatchError."""
-    attend = pipeline.attend
 
-    def both(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Attended:
-        done = attend(q, k, v, **options)
-        if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * 4 > REFERENCE_BYTES:
+    def compare(problem: Problem, done: Attended) -> None:
+        at = problem.at
+        if at.B * at.Hq * at.Lq * at.Lk * 4 > REFERENCE_BYTES:
             check.too_big += 1
-            return done
-        want = attend(q, k, v, **{**options, "executor": "reference"})
-        _compare(check, done, want, q)
-        return done
+        else:
+            _compare(check, done, reference_of(problem)[0], problem.q)
 
-    pipeline.attend = both
-    try:
-        yield check
-    finally:
-        pipeline.attend = attend
+    return watched(compare)
 
 
-def _compare(check: Check, done: Attended, want: Attended, q: Tensor) -> None:
+def _compare(check: Check, done: Attended, want: Tensor, q: Tensor) -> None:
     check.tolerance = TOLERANCE.get(q.dtype, 1e-4)
-    scale = want.out.float().abs().max().clamp(min=1e-9)
-    error = float((done.out.float() - want.out.float()).abs().max() / scale)
+    scale = want.float().abs().max().clamp(min=1e-9)
+    error = float((done.out.float() - want.float()).abs().max() / scale)
     check.calls += 1
     check.error = max(check.error, error)
     if not error <= check.tolerance:

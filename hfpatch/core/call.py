@@ -25,8 +25,8 @@ class AttentionCall:
     """One layer call for rows that share their padding; query `n` sits at position `off + n`.
 
     q `[B, Hq, Lq, D]`, k `[B, Hkv, Lk, D]`, v `[B, Hkv, Lk, Dv]` after RoPE, key-value heads not repeated.
-    `hidden [B, Lq, d_model]` is the attention module's input, `queries [B, Lq, Hq, D]` are the queries before RoPE
-    for methods whose `needs` name "queries". `rows` are the batch rows served; `state` survives from prefill to
+    `hidden [B, Lq, d_model]` is the attention module's input, `q_pre_rope [B, Lq, Hq, D]` are the queries before
+    RoPE for methods whose `needs` name "q_pre_rope". `rows` are the batch rows served; `state` survives from prefill to
     decode and dies with the cache. `spans` are the places named by `Patch.spans`, per row `(start, stop)` in its real
     tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`). From `output` on,
     `selection` is what the call ran with and `lse [B, Hq, Lq]` its log-sum-exp; it may be None after dense attention
@@ -45,7 +45,7 @@ class AttentionCall:
     bias: Tensor | None = None
     rows: tuple[int, ...] = ()
     hidden: Tensor | None = None
-    queries: Tensor | None = None
+    q_pre_rope: Tensor | None = None
     module: nn.Module | None = None
     dropped: int = 0
     spans: Mapping[str, Sequence[Span]] | None = None
@@ -125,7 +125,7 @@ class AttentionCall:
             k=self.k[:, :, :stop],
             v=self.v[:, :, :stop],
             hidden=None if self.hidden is None else self.hidden[:, n : n + 1],
-            queries=None if self.queries is None else self.queries[:, n : n + 1],
+            q_pre_rope=None if self.q_pre_rope is None else self.q_pre_rope[:, n : n + 1],
         )
 
     def take(self, rows: list[int]) -> "AttentionCall":
@@ -144,7 +144,7 @@ class AttentionCall:
             v=self.v[pick],
             bias=some(self.bias),
             hidden=some(self.hidden),
-            queries=some(self.queries),
+            q_pre_rope=some(self.q_pre_rope),
             rows=tuple(self.rows[r] for r in rows),
             spans=self.spans and {name: [places[r] for r in rows] for name, places in self.spans.items()},
         )

@@ -1,6 +1,6 @@
 """The base class of all methods: the points at which a method may act on a layer call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,18 +12,18 @@ from .learned import Learned, ModelSizes
 from .reweight import Columns
 from .selection import Selection, SinkWindow
 
-POINTS = ("select", "bias", "regroup", "output", "route", "observe", "retain")
+POINTS = ("select", "bias", "reweight", "output", "route", "observe")
 
 
 class Method:
-    """Override any of `select`, `bias`, `regroup`, `output`, `route`, `observe`, `retain`; the rest stays dense.
+    """Override any of `select`, `bias`, `reweight`, `output`, `route`, `observe`; the rest stays dense.
 
     One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
     (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases: a chunk after a cache counts as
-    prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "queries" (before RoPE) and
+    prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "q_pre_rope" and
     "forward" (what layers share in a pass). `causality` says what a later token can change for an earlier one: "yes"
-    nothing, "tile" which keys the queries of its own block see, "no" anything. `retains` switches `retain` on.
-    `positional` methods give sinks and windows, worked out from sizes alone, and compile into one graph. `drives`
+    nothing, "tile" which keys the queries of its own block see, "no" anything. A method that lets caches drop keys has a
+    `retain`. `positional` methods give sinks and windows, worked out from sizes alone, and compile into one graph. `drives`
     names the methods that run the model themselves; `get_patch(model).<name>(...)` calls them with the model first.
     """
 
@@ -40,7 +40,7 @@ class Method:
     _points: ClassVar[frozenset[str]] = frozenset()
     acts_in: frozenset[str] = frozenset({"prefill", "decode"})
     causality: str = "yes"
-    retains: bool = False
+    retain: Callable[[AttentionCall], SinkWindow | None] | None = None
     needs: frozenset[str] = frozenset()
 
     def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -78,12 +78,12 @@ class Method:
         """Additive bias on key columns, `[B|1, Hq|1, Lk]`, after soft-capping."""
         return None
 
-    def regroup(self, call: AttentionCall) -> list[Columns]:
+    def reweight(self, call: AttentionCall) -> list[Columns]:
         """Factors on the softmax weights of disjoint key columns, renormalised afterwards."""
         return []
 
-    def output(self, call: AttentionCall, out: Tensor) -> Tensor:
-        """Head outputs `[B, Lq, Hq, Dv]` on their way to the output projection."""
+    def output(self, call: AttentionCall, out: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Head outputs `[B, Lq, Hq, Dv]` on their way to the output projection; with their new lse if it changes."""
         return out
 
     def route(self, call: AttentionCall) -> "list[Method | None]":
@@ -93,12 +93,10 @@ class Method:
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
         """Read-only look at the result; `lse [B, Hq, Lq]` is given when `needs` names "lse"."""
 
-    def retain(self, call: AttentionCall) -> SinkWindow | None:
-        """The only keys these rows will ever look at again; once all rows agree the cache drops the others."""
-        return None
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if hasattr(cls, "regroup"):
+            raise TypeError(f"{cls.__name__}.regroup would never be called: the point is `reweight` now; rename it.")
         cls._points = frozenset(p for p in POINTS if getattr(cls, p) is not getattr(Method, p))
 
     @classmethod
@@ -111,12 +109,23 @@ class Method:
         """Registered name."""
         return self.config.method
 
+    @property
+    def executor(self) -> str | None:
+        """The executor it names for its layers, if any."""
+        return self.config.executor
+
 
 def check_compatible(methods: Sequence[Method]) -> None:
-    """Raise IncompatibleMethodsError when two methods cannot act on one layer."""
-    for point in ("route",):
-        clash = [m.name for m in methods if point in m.points()]
-        if len(clash) > 1:
-            raise IncompatibleMethodsError(
-                f"{clash[0]!r} and {clash[1]!r} both {point} the same layer; give them different `layers`."
-            )
+    """Raise IncompatibleMethodsError when methods cannot act on one layer: two that route, or name two executors."""
+    routing = [m.name for m in methods if "route" in m.points()]
+    if len(routing) > 1:
+        raise IncompatibleMethodsError(
+            f"{routing[0]!r} and {routing[1]!r} both route the same layer; give them different `layers`."
+        )
+    naming = {m.executor: m.name for m in methods if m.executor is not None}
+    if len(naming) > 1:
+        (one, first), (other, second), *_ = naming.items()
+        raise IncompatibleMethodsError(
+            f"{first!r} asks for executor {one!r} and {second!r} for {other!r} on the same layer; name one of them, or "
+            "give the methods different `layers`."
+        )

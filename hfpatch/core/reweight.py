@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ class Columns:
     """Different key columns `keys` and the factor on their softmax weights.
 
     `keys`: a tensor `[n]`, or a slice with start and stop. `factor`: a number, `[Hq]`, a tensor that broadcasts
-    to `[B, Hq, Lq, n]`, or a function from the weights `[B, Hq, R, n]` of some queries before this regroup to such
+    to `[B, Hq, Lq, n]`, or a function from the weights `[B, Hq, R, n]` of some queries before it to such
     a tensor. `positive`: known never to take nearly all of a query's weight, which saves looking for such queries.
     """
 
@@ -29,31 +28,31 @@ class Columns:
     factor: Factor
     positive: bool = False
 
-    @cached_property
-    def inverse(self) -> tuple[Tensor, Tensor]:
-        """`1 / (factor - 1)` of a factor `[Hq]`, as `[Hq, 1]`, and a one of its kind."""
-        assert isinstance(self.factor, Tensor)
-        return (self.factor - 1).reciprocal()[:, None], self.factor.new_ones(())
+    @property
+    def constant(self) -> bool:
+        """Whether this is a positive factor per head that never changes: a bias of its log on the logits."""
+        return self.positive and isinstance(self.factor, Tensor) and self.factor.dim() == 1
 
     def log(self, length: int) -> Tensor:
-        """The log of a factor `[Hq]` on key 0 as a bias `[Hq, length]`, `[1, length]` where all are equal."""
+        """The log of a `constant` factor as a bias `[1, Hq, length]`, `[1, 1, length]` where all heads are equal."""
+        assert isinstance(self.factor, Tensor)
+        if self.factor.requires_grad:
+            return self._log(self.factor, length)
         cut: Tensor | None = self.__dict__.get("_cut")  # all layers of a step ask for the same length
-        if cut is None or cut.shape[1] != length:
-            made: Tensor | None = self.__dict__.get("_log")
-            if made is None or made.shape[1] < length:
-                assert isinstance(self.factor, Tensor)
-                factor = self.factor if bool((self.factor != self.factor[0]).any()) else self.factor[:1]
-                made = torch.zeros(len(factor), length + LOG_SPARE, device=factor.device)
-                made[:, 0] = factor.log()
-            cut = made.narrow(1, 0, length)
-            self.__dict__.update(_log=made, _cut=cut)
+        if cut is None or cut.shape[2] != length:
+            made: Tensor | None = self.__dict__.get("_made")
+            if made is None or made.shape[2] < length:
+                with torch.inference_mode(False), torch.no_grad():  # a later call may be one of training
+                    same = not bool((self.factor != self.factor[0]).any())
+                    made = self._log(self.factor[:1] if same else self.factor, length + LOG_SPARE)
+            cut = made.narrow(2, 0, length)
+            self.__dict__.update(_made=made, _cut=cut)
         return cut
 
-    @cached_property
-    def first(self) -> bool:
-        """Whether this is a positive factor per head, a constant, on the first key."""
-        fixed = isinstance(self.factor, Tensor) and self.factor.dim() == 1 and not self.factor.requires_grad
-        return fixed and self.positive and self.keys == slice(0, 1)
+    def _log(self, factor: Tensor, length: int) -> Tensor:
+        columns = self.indices(factor.device)
+        bias = torch.zeros(len(factor), length, device=factor.device)
+        return bias.index_add(1, columns, factor.log().float()[:, None].expand(-1, len(columns)))[None]
 
     def indices(self, device: torch.device) -> Tensor:
         """The columns as a tensor `[n]`."""
@@ -81,13 +80,20 @@ def column_weights(call: AttentionCall, keys: Tensor | slice, lse: Tensor, selec
     return torch.where(seen & torch.isfinite(lse)[..., None], weights, 0.0)
 
 
-def regroup(
-    call: AttentionCall,
-    out: Tensor,
-    lse: Tensor,
-    groups: list[Columns],
-    selection: Selection | None,
-    with_lse: bool = True,
+def as_bias(call: AttentionCall, groups: list[Columns]) -> tuple[Tensor | None, list[Columns]]:
+    """The call's bias with the leading constant factors in it, and the groups that are left.
+
+    Later constants stay: what comes before them may look at the weights as they are without.
+    """
+    bias, n = call.bias, 0
+    while n < len(groups) and groups[n].constant:
+        more = groups[n].log(call.Lk)
+        bias, n = more if bias is None else bias + more, n + 1
+    return bias, groups[n:]
+
+
+def reweight(
+    call: AttentionCall, out: Tensor, lse: Tensor, groups: list[Columns], selection: Selection | None
 ) -> tuple[Tensor, Tensor]:
     """Multiply the softmax weights of each column group by its factor and renormalise, one group after the other.
 
@@ -95,12 +101,8 @@ def regroup(
     weights the earlier ones left. With weights w and factors f on columns C:
     out' = (out + sum_C (f - 1) w v) / (1 + sum_C (f - 1) w).
     Queries left with so little of their weight that the difference loses digits are computed again from all keys;
-    one left with nothing gets out 0, lse -inf. Without `with_lse` the lse given back may be the old one.
+    one left with nothing gets out 0, lse -inf.
     """
-    if len(groups) == 1 and call.Lq == 1 and groups[0].positive:
-        fast = _first_key(call, out, lse, groups[0], selection, with_lse)
-        if fast is not None:
-            return fast
     total = out.to(lse.dtype)
     done: list[tuple[Tensor, Tensor]] = []
     left: Tensor | None = None
@@ -122,32 +124,6 @@ def regroup(
         for some in rows.split(max(1, CHUNK_ELEMENTS // (call.B * call.Hq * call.Lk))):
             total[:, some], lse[:, :, some] = _from_all_keys(call, some, groups, selection, lse.dtype)
     return total.to(out.dtype), lse
-
-
-def _first_key(
-    call: AttentionCall, out: Tensor, lse: Tensor, group: Columns, selection: Selection | None, with_lse: bool
-) -> tuple[Tensor, Tensor] | None:
-    """`regroup` of the first key by a positive factor per head, for one query on dense attention; None for others.
-
-    With w = exp(logit - lse) the key's share of the result is (f - 1) w / (1 + (f - 1) w), here written as
-    1 / (1 + exp(lse - logit) / (f - 1)): at one query the number of steps costs more than the arithmetic.
-    """
-    plain = selection is None and call.softcap is None and call.bias is None
-    if not plain or not group.first or lse.requires_grad:
-        return None
-    (b, hq, _, d), (_, hkv, _, dv), dtype = call.q.shape, call.v.shape, lse.dtype
-    n, g = b * hkv, hq // hkv
-    q, k, v, o = call.q, call.k.select(2, 0), call.v.select(2, 0), out
-    if q.dtype != dtype:
-        q, k, v, o = q.to(dtype), k.to(dtype), v.to(dtype), o.to(dtype)
-    power = torch.baddbmm(lse.view(n, g, 1), q.reshape(n, g, d), k.reshape(n, d, 1), alpha=-call.scale).exp_()
-    inverse, one = group.inverse
-    total = torch.addcmul(one, power.view(b, hq, 1), inverse)
-    share = total.reciprocal_().view(n, g, 1)
-    moved = torch.lerp(o.view(n, g, dv), v.reshape(n, 1, dv), share).view(b, 1, hq, dv)
-    if with_lse:
-        lse = lse + (power.view(b, hq, 1) * inverse).reciprocal_().log1p_()
-    return moved if moved.dtype == out.dtype else moved.to(out.dtype), lse
 
 
 def _from_all_keys(

@@ -127,7 +127,7 @@ class ACT(Method):
             )
         return notes
 
-    def regroup(self, call: AttentionCall) -> list[Columns]:
+    def reweight(self, call: AttentionCall) -> list[Columns]:
         s = self.settings
         heads = list(range(call.Hq)) if s.heads is None else self._heads.get(call.layer, [])
         if not heads or s.beta == 1:

@@ -86,7 +86,7 @@ class FlashPrefill(Method):
         chosen = capped(grid, energy, keep, grid.forced(s.sink, s.window), s.budget)
         return chosen if stop == call.Lq else Rows([(stop, chosen), (call.Lq, Causal())])
 
-    def output(self, call: AttentionCall, out: Tensor) -> Tensor:
+    def output(self, call: AttentionCall, out: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         sel, stop = call.selection, call.Lq
         if isinstance(sel, Rows):
             stop, sel = sel.parts[0]
@@ -96,8 +96,7 @@ class FlashPrefill(Method):
             return out
         grid = Grid(call.layout.rows(0, stop), sel.block_q, sel.block_k)
         dropped = grid.past & ~sel.block_mask(grid.at)
-        out, call.lse = with_means(call, grid, dropped, out, call.lse)
-        return out
+        return with_means(call, grid, dropped, out, call.lse)
 
 
 def with_means(call: AttentionCall, grid: Grid, dropped: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

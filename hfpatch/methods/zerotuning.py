@@ -104,7 +104,7 @@ class ZeroTuning(Method):
                 f"zerotuning: there are factors for {len(s.gammas)} heads; the model has {heads} query heads."
             )
 
-    def regroup(self, call: AttentionCall) -> list[Columns]:
+    def reweight(self, call: AttentionCall) -> list[Columns]:
         if call.layer not in self._masses and call.phase == "prefill" and call.Lq >= ENOUGH_TOKENS:
             with torch.no_grad():
                 self._masses[call.layer] = initial_weight(call).mean()

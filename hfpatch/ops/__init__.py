@@ -2,7 +2,7 @@
 
 from hfpatch.ops import flex_executor, reference, torch_executor, triton_executor
 from hfpatch.ops.call import Attended, Problem
-from hfpatch.ops.executors import Executor, Rule, attend, list_executors, register_executor
+from hfpatch.ops.executors import Executor, Rule, attend, list_executors, reference_of, register_executor, watched
 from hfpatch.ops.merge import merge
 
 register_executor(Executor("reference", reference.supports, reference.run, "dense float32, the definition"))
@@ -10,4 +10,7 @@ register_executor(Executor("torch", torch_executor.supports, torch_executor.run,
 register_executor(Executor("triton", triton_executor.supports, triton_executor.run, "block-sparse, one fused kernel"))
 register_executor(Executor("flex", flex_executor.supports, flex_executor.run, "compiled flex_attention"))
 
-__all__ = ["Attended", "Executor", "Problem", "Rule", "attend", "list_executors", "merge", "register_executor"]
+__all__ = [
+    "Attended", "Executor", "Problem", "Rule", "attend", "list_executors", "merge", "reference_of",
+    "register_executor", "watched",
+]  # fmt: skip

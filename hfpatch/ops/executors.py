@@ -1,6 +1,7 @@
 """The table of executors: who can run a call, and who runs it when nobody was named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from hfpatch.ops.call import Attended, Problem, check
 from hfpatch.ops.parts import leaves
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
+Watch = Callable[[Problem, Attended], None]
 
 
 class Supports(Protocol):
@@ -68,6 +70,7 @@ def phase(problem: Problem) -> str:
 
 
 _EXECUTORS: dict[str, Executor] = {}
+_WATCHING: list[Watch] = []
 TABLE: list[Rule] = [Rule("torch"), Rule("reference")]
 
 
@@ -125,4 +128,22 @@ def attend(
     problem = check(q, k, v, selection, scale, softcap, sinks, bias)
     chosen = choose(problem, executor)
     out, lse = chosen.run(problem)
-    return Attended(out, lse, chosen.name)
+    done = Attended(out, lse, chosen.name)
+    for watch in _WATCHING:
+        watch(problem, done)
+    return done
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Show every problem that `attend` runs inside the block, and what came of it, to `watch`."""
+    _WATCHING.append(watch)
+    try:
+        yield
+    finally:
+        _WATCHING.remove(watch)
+
+
+def reference_of(problem: Problem) -> tuple[Tensor, Tensor]:
+    """`out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]` of the problem by its definition, in float32, watched by no one."""
+    return _EXECUTORS["reference"].run(problem)

@@ -13,20 +13,32 @@ SHORT = 2048
 
 
 def one_query(problem: Problem, kernel: Kernel) -> tuple[Tensor, Tensor] | None:
-    """`out [B, 1, Hq, Dv]`, `lse [B, Hq, 1]` of a decode step in one kernel call; None where that does not serve."""
-    q, dense = problem.q, isinstance(problem.selection, Causal)
-    if q.shape[2] != 1 or not dense or kernel.fused is None or problem.bias is not None or problem.sinks is not None:
+    """`out [B, 1, Hq, Dv]`, `lse [B, Hq, 1]` of a decode step in one kernel call; None where that does not serve.
+
+    Query heads that share keys are rows of one block; in a batch of one, heads stand in for the batch, so that the
+    output lies as the model wants it.
+    """
+    q, k, v, dense = problem.q, problem.k, problem.v, isinstance(problem.selection, Causal)
+    if q.shape[2] != 1 or not dense or kernel.fused is None or problem.sinks is not None:
         return None
-    b, hq, _, d = q.shape
-    o, lse = kernel.fused(q.reshape(b, -1, problem.groups, d), problem.k, problem.v, None, scale=problem.scale)
-    return o.reshape(b, 1, hq, -1), lse.reshape(b, hq, 1)
+    (b, hq, _, d), (_, hkv, lk, _), g, mask = q.shape, k.shape, problem.groups, None
+    if problem.bias is not None:
+        mask = column_mask(problem.bias, hkv, g)[:, :, 0].expand(b, hkv, g, lk)
+    if b == 1:
+        q, k, v = q.reshape(hkv, 1, g, d), k.transpose(0, 1), v.transpose(0, 1)
+        mask = None if mask is None else mask.transpose(0, 1)
+    else:
+        q = q.reshape(b, hkv, g, d)
+    out, lse = kernel.fused(q, k, v, mask, scale=problem.scale)
+    return out.reshape(b, 1, hq, -1), lse.reshape(b, hq, 1)
 
 
 def run(problem: Problem, out: Output, kernel: Kernel) -> None:
     """Write dense causal attention to `out`."""
     at = problem.at
-    if at.Lq == 1 and problem.bias is None:
-        out.write([kernel(blocked(problem.q, 1, at.Hkv), problem.k, problem.v)])
+    if at.Lq == 1:
+        mask = None if problem.bias is None else column_mask(problem.bias, at.Hkv, problem.groups)
+        out.write([kernel(blocked(problem.q, 1, at.Hkv), problem.k, problem.v, mask)])
     elif kernel.fused is None or problem.bias is not None:
         torch_masked.run(problem, out, kernel)
     else:
@@ -34,6 +46,11 @@ def run(problem: Problem, out: Output, kernel: Kernel) -> None:
         for b in range(at.B):
             for h in range(0, at.Hkv, step):
                 _heads(problem, b, slice(h, h + step), out, kernel)
+
+
+def column_mask(bias: Tensor, heads: int, groups: int) -> Tensor:
+    """The bias `[B|1, Hq|1, Lk]` as a mask `[B|1, Hkv|1, 1, G|1, Lk]` of blocks of query heads that share keys."""
+    return bias.float().unflatten(1, (heads, groups) if bias.shape[1] > 1 else (1, 1)).unsqueeze(2)
 
 
 def _heads(problem: Problem, b: int, heads: slice, out: Output, kernel: Kernel) -> None:

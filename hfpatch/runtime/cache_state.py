@@ -56,11 +56,13 @@ def split_states(states: dict[Rows, State], rows: Rows) -> None:
                 _put(states, part, state, [whole.index(r) for r in part])
 
 
-def keep_fitting(states: dict[Rows, State], rows: Rows, start: int, first: int) -> bool:
-    """Drop what was worked out from keys, for `rows` whose tokens now begin at `start` and whose new ones at `first`.
+def fit_states(states: dict[Rows, State], rows: Rows, start: int, first: int) -> bool:
+    """States for `rows` by themselves, whose tokens now begin at `start` and whose new ones at `first`.
 
-    Kept if the tokens began there before and none of those known is to come anew; tells whether something was dropped.
+    What was worked out from keys is kept if the tokens began there before and none of those known is to come anew;
+    tells whether something was dropped.
     """
+    split_states(states, rows)
     dropped = False
     for own, state in states.items():
         known = state.get(FITS)

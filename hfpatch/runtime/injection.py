@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 from ..core.call import Forward
 from ..errors import UnsupportedModelError
 from .attention_source import AttentionSource, attention_source
-from .cache_crop import open_layer
 from .cache_slot import is_cache
+from .cropping import Cropping
 from .raw_call import QUERIES, Context, RawCall
 
 NAME = "hfpatch"
@@ -39,7 +39,7 @@ class Runtime(Protocol):
     def needs(self) -> frozenset[str]: ...
 
     @property
-    def retains(self) -> bool: ...
+    def cropping(self) -> Cropping: ...
 
     def run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]: ...
 
@@ -59,7 +59,7 @@ def attach(module: nn.Module, runtime: Runtime) -> None:
     setattr(module, RUNTIME, runtime)
     module.config = config
     module.register_forward_pre_hook(_add_context, with_kwargs=True)
-    if "queries" in runtime.needs:
+    if "q_pre_rope" in runtime.needs:
         _query_source(module).register_forward_hook(_QueryHook(module))
 
 
@@ -133,8 +133,7 @@ def _add_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     hidden = args[0] if args else kwargs.get("hidden_states")
     cache = next((x for x in chain(kwargs.values(), args) if is_cache(x)), None)
     kwargs[CONTEXT] = Context(hidden, cache, kwargs.pop(FORWARD, None))
-    if module.__dict__[RUNTIME].retains:
-        open_layer(cache, getattr(module, "layer_idx", None))
+    module.__dict__[RUNTIME].cropping.before(cache, getattr(module, "layer_idx", None))
     return args, kwargs
 
 

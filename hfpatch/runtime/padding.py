@@ -1,31 +1,16 @@
 """Reading the padding out of the mask the model made, and splitting a batch into rows without padding."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .last_answer import LastAnswer
+from .row_slice import RowSlice
 
 _CHUNK = 1 << 24
-_last: "LastAnswer[list[RowGroup] | str]" = LastAnswer()
+_last: "LastAnswer[list[RowSlice] | str]" = LastAnswer()
 
 
-class RowGroup(NamedTuple):
-    """Batch rows whose real tokens are keys `start..stop`."""
-
-    rows: tuple[int, ...]
-    start: int
-    stop: int
-
-    def cut(self, x: Tensor, start: int, stop: int, dim: int = 2) -> Tensor:
-        """These rows and positions `start..stop` along `dim` of `x`."""
-        if len(self.rows) != x.shape[0]:
-            x = x[list(self.rows)] if len(self.rows) > 1 else x[self.rows[0] : self.rows[0] + 1]
-        return x if (start, stop) == (0, x.shape[dim]) else x.narrow(dim, start, max(stop - start, 0))
-
-
-def row_groups(mask: Tensor | None, batch: int, lq: int, total: int, asker: int | None = None) -> list[RowGroup] | str:
+def row_groups(mask: Tensor | None, batch: int, lq: int, total: int, asker: int | None = None) -> list[RowSlice] | str:
     """Rows grouped by the range of their real tokens among `total` keys, or the reason why that is impossible.
 
     `mask` is None (causal, no padding), `[B, >=total]` of ones and zeros, or `[B, 1, Lq, >=total]` as bool
@@ -33,11 +18,11 @@ def row_groups(mask: Tensor | None, batch: int, lq: int, total: int, asker: int 
     The answer for the last mask is remembered, since all layers of a forward share one; `asker` is the layer.
     """
     if mask is None:
-        return [RowGroup(tuple(range(batch)), 0, total)]
+        return [RowSlice(tuple(range(batch)), 0, total)]
     return _last.of(mask, (batch, lq, total), asker, lambda: _read(mask, batch, lq, total))
 
 
-def _read(mask: Tensor, batch: int, lq: int, total: int) -> list[RowGroup] | str:
+def _read(mask: Tensor, batch: int, lq: int, total: int) -> list[RowSlice] | str:
     if mask.shape[-1] < total:
         return "the mask is shorter than the keys"
     if mask.ndim == 2:
@@ -55,7 +40,7 @@ def _read(mask: Tensor, batch: int, lq: int, total: int) -> list[RowGroup] | str
     groups: dict[tuple[int, int], list[int]] = {}
     for row, (start, stop) in enumerate(ranges):
         groups.setdefault((start, stop), []).append(row)
-    return [RowGroup(tuple(rows), start, stop) for (start, stop), rows in groups.items()]
+    return [RowSlice(tuple(rows), start, stop) for (start, stop), rows in groups.items()]
 
 
 def _kept(mask: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def prepare_methods(model: nn.Module, config: PatchConfig, methods: list[Method]
             f"{type(model).__name__} ({reasons}); choose other `layers` or a method that acts on these."
         )
     for n, some in enumerate(chosen):
-        if any("queries" in m.needs for m in some):
+        if any("q_pre_rope" in m.needs for m in some):
             check_queries(found.layers[n].module)
     for m in methods:
         m.prepare(model, [x.index for n, x in enumerate(found.layers) if m in chosen[n]])

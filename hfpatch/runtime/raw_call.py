@@ -16,7 +16,8 @@ from .cache_crop import kept_by
 from .cache_slot import find_slot, has_room, is_paged, tokens_seen
 from .cache_state import Rows, State, cache_layer, cache_states
 from .packing import starts_again
-from .padding import RowGroup, row_groups
+from .padding import row_groups
+from .row_slice import RowSlice
 from .survey import UNDERSTOOD
 
 QUERIES = "_hfpatch_queries"
@@ -61,7 +62,7 @@ class RawCall:
         return self.context.cache
 
     @cached_property
-    def queries(self) -> Tensor | None:
+    def q_pre_rope(self) -> Tensor | None:
         """Queries before RoPE `[B, Lq, Hq, D]`, where a method needs them and their shape can be told."""
         found = vars(self.module).get(QUERIES, {}).pop(threading.get_ident(), None)
         b, hq, lq, _ = self.q.shape
@@ -206,11 +207,11 @@ class RawCall:
         """Which keys the cache has kept, when hfpatch has dropped the others."""
         return kept_by(self.cache, self.slot) if self.total > self.k.shape[2] else None
 
-    def groups(self) -> list[RowGroup] | str:
+    def groups(self) -> list[RowSlice] | str:
         """Rows by the range of their real tokens, or the reason why the mask cannot be read so."""
         mask = self.mask
         if mask is None:
-            return [RowGroup(tuple(range(self.q.shape[0])), 0, self.total)]
+            return [RowSlice(tuple(range(self.q.shape[0])), 0, self.total)]
         if isinstance(mask, Tensor) and mask.shape[0] == 1 < self.q.shape[0]:
             mask = mask.expand(self.q.shape[0], *mask.shape[1:])
         return row_groups(mask, self.q.shape[0], self.q.shape[2], self.total, id(self.module))

@@ -1,5 +1,7 @@
 """Latency and memory: what is counted, in which order, and when nothing is reported."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hfpatch.evals.errors import EvaluationError, ExecutorMismatchError
@@ -15,8 +17,7 @@ from hfpatch.evals.run.models import Loaded
 from hfpatch.evals.run.stats import apart, break_even, break_even_text, summarise
 from hfpatch.evals.run.variants import parse_variants
 
-from hfpatch import ops
-from hfpatch.runtime import pipeline
+from hfpatch.ops import executors
 
 
 @pytest.fixture
@@ -98,19 +99,20 @@ def test_density_and_executor_come_from_the_timed_run(session):
     assert sparse["check"]["calls"] > 0 and sparse["check"]["error"] <= sparse["check"]["tolerance"]
 
 
-def test_nothing_is_reported_when_the_executor_is_wrong(session, monkeypatch):
-    right = ops.attend
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("patch", ["streaming:sink=2,window=16", "zerotuning:gamma=2.0"])
+def test_nothing_is_reported_when_the_executor_is_wrong(session, monkeypatch, where, patch):
+    right = executors._EXECUTORS["torch"]
 
-    def wrong(q, k, v, **options):
-        done = right(q, k, v, **options)
-        if options.get("executor") != "reference":
-            done.out.mul_(1.01)
-        return done
+    def wrong(problem):
+        out, lse = right.run(problem)
+        return (out * 1.01 if (problem.at.Lq == 1) == (where == "decode") else out), lse
 
-    monkeypatch.setattr(pipeline, "attend", wrong)
+    monkeypatch.setitem(executors._EXECUTORS, "torch", replace(right, run=wrong))
+    variant = parse_variants([patch])[1]
     with pytest.raises(ExecutorMismatchError, match="differs from the reference"):
-        check_variant(session.loaded, session.variants[1], text_ids(session.loaded, 257))
-    assert pipeline.attend is wrong
+        check_variant(session.loaded, variant, text_ids(session.loaded, 257))
+    assert not executors._WATCHING
 
 
 def test_peak_memory_grows_with_the_prompt(session):

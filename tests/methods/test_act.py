@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from test_invariants import built, logits
-from test_regroup import EXTRAS, LK, make_call, run, values, weights_of
+from test_reweight import EXTRAS, LK, make_call, run, values, weights_of
 from torch import Tensor
 
 import hfpatch
@@ -43,7 +43,7 @@ def test_equals_the_equation(extra: dict[str, Any], chunk: int, monkeypatch: pyt
     monkeypatch.setattr("hfpatch.methods._column_sums.CHUNK_ELEMENTS", chunk)
     call = make_call(**extra)
     method = ACT(ACTConfig(beta=0.4, threshold=THRESHOLD, heads=[[0, 1], [0, 2]]))
-    out, _ = run(call, method.regroup(call))
+    out, _ = run(call, method.reweight(call))
     weights = weights_of(call)
     want = values(call, by_the_equation(weights, THRESHOLD, 0.4, [1, 2], 1 - weights.sum(-1)))
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)

@@ -48,7 +48,8 @@ def corrected(call, method):
         call.q, call.k, call.v, selection=call.selection, scale=call.scale, softcap=call.softcap, sinks=call.sinks
     )
     call.lse = done.lse
-    return method.output(call, done.out), call.lse
+    changed = method.output(call, done.out)
+    return changed if isinstance(changed, tuple) else (changed, done.lse)
 
 
 def mean_oracle(call, keep, size):

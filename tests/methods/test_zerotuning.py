@@ -8,17 +8,18 @@ import pytest
 import torch
 import zoo
 from test_invariants import built, logits
-from test_regroup import LK, make_call
+from test_reweight import LK, make_call
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import hfpatch
 from hfpatch import PatchConfig, patched
-from hfpatch.core.reweight import Columns, regroup
+from hfpatch.core.reweight import Columns, reweight
 from hfpatch.methods.streaming import StreamingConfig
 from hfpatch.methods.zerotuning import ZeroTuningConfig, third_of
 from hfpatch.ops import attend
-from hfpatch.runtime.pipeline import Chain, LayerRuntime
+from hfpatch.runtime.chain import Chain
+from hfpatch.runtime.pipeline import LayerRuntime
 
 GAMMA = 3.0
 ACTS = [t for t in zoo.SUPPORTED.values() if not t.all_sliding]
@@ -151,7 +152,7 @@ def test_four_forms_agree(dtype: torch.dtype) -> None:
 
     logits_ = (call.scale * call.q @ k.mT).masked_fill(~causal, -torch.inf)
     dense = (logits_.softmax(-1) @ v).transpose(1, 2)
-    later = regroup(call, dense, logits_.logsumexp(-1), [Columns(slice(0, 1), gamma)], None)[0]
+    later = reweight(call, dense, logits_.logsumexp(-1), [Columns(slice(0, 1), gamma)], None)[0]
 
     bias = torch.zeros(1, 4, LK, dtype=dtype)
     bias[..., 0] = gamma.log()

@@ -81,7 +81,7 @@ class SoftFlux(Method):
     mean and a scale `[2, D]` per layer. While `gathered` is a dict it only collects what they would read.
     """
 
-    needs = frozenset({"queries"})
+    needs = frozenset({"q_pre_rope"})
 
     def __init__(self, config: FluxConfig, routers: Routers) -> None:
         super().__init__(config)
@@ -95,9 +95,9 @@ class SoftFlux(Method):
 
     def output(self, call: AttentionCall, out: Tensor) -> Tensor:
         selection = self.child.select(call) if "prefill" in self.child.acts_in else None
-        if selection is None or call.queries is None or call.phase == "decode":
+        if selection is None or call.q_pre_rope is None or call.phase == "decode":
             return out
-        pooled = pool_ends(call.queries[:, : self.prompt or None], self.pool)
+        pooled = pool_ends(call.q_pre_rope[:, : self.prompt or None], self.pool)
         if self.gathered is not None:
             self.gathered.setdefault(call.layer, []).append(pooled)
             return out

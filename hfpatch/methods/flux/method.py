@@ -13,7 +13,7 @@ from ...config.method_config import MethodConfig, option
 from ...config.registry import get_method, make_config, register_method
 from ...core.call import AttentionCall
 from ...core.learned import Learned, ModelSizes
-from ...core.method import Method
+from ...core.method import Method, check_compatible
 from ...core.selection import SinkWindow
 from ...errors import ConfigError, IncompatibleMethodsError, UnsupportedModelError
 from ...ops import attend
@@ -77,14 +77,15 @@ class Flux(Method):
                 f"flux cannot route to {config.sparse!r}; `sparse` needs a selecting method."
             )
         self.child = child_class(child_config)
-        self.retains = config.crop_cache
+        check_compatible([self, self.child])
+        self.retain = self._retain if config.crop_cache else None
         if config.crop_cache and not self._sees_a_window():
             raise ConfigError(
                 "flux: crop_cache=True goes with sparse='streaming' in both phases and last_queries=0, which alone "
                 "never looks back at dropped keys."
             )
         self.routers: Routers | None = None
-        self.needs = self.child.needs | ({"queries"} if config.router == "learned" else set())
+        self.needs = self.child.needs | ({"q_pre_rope"} if config.router == "learned" else set())
         self.causality = "no" if config.router in ("learned", "oracle") else self.child.causality
         self._sparse_layers: set[int] = set()
         self.frequency: dict[int, Counter[str]] = defaultdict(Counter)
@@ -93,6 +94,10 @@ class Flux(Method):
     def _sees_a_window(self) -> bool:
         c = self.child
         return isinstance(c, Streaming) and c.settings.phase == "both" and not c.settings.last_queries
+
+    @property
+    def executor(self) -> str | None:
+        return self.config.executor or self.child.config.executor
 
     def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
         found = {"ranking": Learned((sizes.layers,))}
@@ -153,7 +158,8 @@ class Flux(Method):
         child = self.child if phase in self.child.acts_in else None
         return [child if s else None for s in sparse]
 
-    def retain(self, call: AttentionCall) -> SinkWindow | None:
+    def _retain(self, call: AttentionCall) -> SinkWindow | None:
+        """The only keys these rows will ever look at again."""
         sparse = call.state.get("flux-sparse")
         if sparse is None or not bool(sparse.all()) or not isinstance(self.child, Streaming):
             return None
@@ -163,10 +169,10 @@ class Flux(Method):
     def _decide(self, call: AttentionCall) -> Tensor:
         """Whether each row goes sparse in this layer, bool `[B]`."""
         if self.routers is not None:
-            if call.queries is None:
+            if call.q_pre_rope is None:
                 raise UnsupportedModelError(f"flux: layer {call.layer} gave no queries before RoPE.")
             router = self.routers[call.layer].to(call.q.device)
-            return router(pool_ends(call.queries, self.settings.pool)).argmax(-1) != FULL
+            return router(pool_ends(call.q_pre_rope, self.settings.pool)).argmax(-1) != FULL
         if self.settings.router == "oracle":
             return self._try_both(call)
         return torch.full((call.B,), call.layer in self._sparse_layers, device=call.q.device)

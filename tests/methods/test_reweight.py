@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hfpatch.core.call import AttentionCall
-from hfpatch.core.reweight import Columns, initial_weight, regroup
+from hfpatch.core.reweight import Columns, initial_weight, reweight
 from hfpatch.core.selection import SinkWindow
 from hfpatch.ops import attend
 
@@ -63,7 +63,7 @@ def run(call: AttentionCall, groups: list[Columns], selection: Any = None) -> tu
         sinks=call.sinks,
         bias=call.bias,
     )
-    return regroup(call, done.out, done.lse, groups, selection)
+    return reweight(call, done.out, done.lse, groups, selection)
 
 
 EXTRAS = {
@@ -88,7 +88,7 @@ def test_groups_of_columns(lq: int, extra: dict[str, Any], selection: Any) -> No
     weights, rest = rescaled(weights, [5, 58, 60], 0.1, rest)
     torch.testing.assert_close(out.double(), values(call, weights), rtol=1e-5, atol=1e-5)
     probe = Columns(slice(0, LK), 1.0)
-    again = regroup(call, out, lse, [probe], selection)[0]
+    again = reweight(call, out, lse, [probe], selection)[0]
     torch.testing.assert_close(again, out, rtol=1e-5, atol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_a_factor_may_depend_on_the_weights() -> None:
 def test_factor_one_keeps_the_output() -> None:
     call = make_call()
     done = attend(call.q, call.k, call.v, selection=None, scale=call.scale)
-    out, lse = regroup(call, done.out, done.lse, [Columns(slice(0, 1), torch.ones(4))], None)
+    out, lse = reweight(call, done.out, done.lse, [Columns(slice(0, 1), torch.ones(4))], None)
     assert torch.equal(out, done.out) and torch.equal(lse, done.lse)
 
 
