@@ -5,7 +5,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +14,12 @@ from .config.patch_config import PatchConfig
 from .core.call import Span
 from .core.method import Method
 from .core.report import LayerLine, Report
+from .drives import Drives
 from .errors import AlreadyPatchedError, ConfigError, NotPatchedError
 from .runtime.injection import attach, close_forwards, detach, open_forwards, runtime_of
 from .runtime.pipeline import LayerRuntime
-from .runtime.planning import MethodLike, Planned, plan_patch, prepare, prepare_methods
-from .runtime.survey import survey
+from .runtime.planning import MethodLike, PatchPlan, plan_methods, plan_patch
+from .runtime.survey import AttentionLayer, survey
 
 __all__ = ["Patch", "get_patch", "patch_model", "patched", "patched_with", "plan_patch", "unpatch_model"]
 
@@ -30,11 +30,12 @@ _lock = threading.RLock()
 _handles: "weakref.WeakKeyDictionary[LayerRuntime, weakref.ref[Patch]]" = weakref.WeakKeyDictionary()
 
 
-class Patch:
-    """The handle of a patched model: report, config, save, undo."""
+class Patch(Drives):
+    """The handle of a patched model: report, config, save, undo; with `infiniretri`, reading as well."""
 
-    def __init__(self, model: nn.Module, planned: Planned) -> None:
-        self._model, self._planned, self.methods = model, planned, planned.methods
+    def __init__(self, plan: PatchPlan, layers: list[tuple[AttentionLayer, LayerRuntime]]) -> None:
+        self._model, self.plan, self.methods = plan.model, plan, plan.methods
+        self._plan = layers
         self._warnings: list[str] = []
         self._below: Patch | None = None
         self._entered = False
@@ -42,7 +43,7 @@ class Patch:
     @property
     def config(self) -> PatchConfig:
         """What was patched, with the tensors the methods have learned."""
-        own = self._planned.config
+        own = self.plan.config
         tensors = {f"{n}.{k}": t for n, m in enumerate(self.methods) for k, t in m.tensors().items()}
         return PatchConfig(own.methods, own.base_model_name_or_path, tensors)
 
@@ -63,8 +64,8 @@ class Patch:
         notes += [f"{what} ({n} calls)" for what, n in seen.items()] + self._warnings
         if any(rt.in_graph for _, rt in self._plan):
             notes.append("steps that torch.compile has put into one graph are not counted")
-        layers, skipped = self._planned.survey.num_layers, self._planned.skipped
-        return Report(type(self._model).__name__, layers, len(self._plan), lines, skipped, notes)
+        layers = self.plan.survey.num_layers
+        return Report(type(self._model).__name__, layers, len(self._plan), lines, self.plan.skipped, notes)
 
     def reset_report(self) -> None:
         """Set all counts to zero."""
@@ -108,10 +109,6 @@ class Patch:
             self._detach()
 
     @property
-    def _plan(self) -> Any:
-        return self._planned.layers
-
-    @property
     def _attached(self) -> bool:
         return all(runtime_of(layer.module) is runtime for layer, runtime in self._plan)
 
@@ -125,7 +122,7 @@ class Patch:
                 attach(layer.module, runtime)
                 _handles[runtime] = weakref.ref(self)
             if any("forward" in runtime.needs for _, runtime in self._plan):
-                self._warnings = [] if open_forwards(self._planned.survey.root) else [NO_SHARING]
+                self._warnings = [] if open_forwards(self.plan.survey.root) else [NO_SHARING]
             vars(self._model)[HANDLE] = self
         except BaseException:
             self._detach()
@@ -142,19 +139,13 @@ class Patch:
     def _take_off(self) -> None:
         for layer, _ in self._plan:
             detach(layer.module)
-        close_forwards(self._planned.survey.root)
+        close_forwards(self.plan.survey.root)
         if vars(self._model).get(HANDLE) is self:
             del vars(self._model)[HANDLE]
 
-    def __getattr__(self, name: str) -> Any:
-        for method in self.__dict__.get("methods", ()):
-            if name in method.drives:
-                return partial(getattr(method, name), self._model)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def __repr__(self) -> str:
         names = ", ".join(m.name for m in self.methods)
-        return f"Patch({names}; {len(self._plan)} of {self._planned.survey.num_layers} layers)"
+        return f"Patch({names}; {len(self._plan)} of {self.plan.survey.num_layers} layers)"
 
 
 def patch_model(model: ModelT, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any) -> ModelT:
@@ -165,7 +156,7 @@ def patch_model(model: ModelT, method: MethodLike | PatchConfig | Sequence[Metho
     """
     if isinstance(model, nn.Module) and any(runtime_of(m) is not None for m in model.modules()):
         raise _already("The model")
-    patch = Patch(model, prepare(model, method, settings))
+    patch = _prepared(plan_patch(model, method, **settings))
     with _lock:
         patch._attach()
     return model
@@ -192,16 +183,21 @@ def patched(
     model: nn.Module, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any
 ) -> Iterator[Patch]:
     """Patch the model inside a `with` block; a patch it carried before is put aside and comes back."""
-    with _in_place_of_any(model, Patch(model, prepare(model, method, settings))) as patch:
+    with _in_place_of_any(model, _prepared(plan_patch(model, method, **settings))) as patch:
         yield patch
 
 
 @contextmanager
 def patched_with(model: nn.Module, methods: list[Method]) -> Iterator[Patch]:
     """As `patched`, with methods the caller made: for calibration, whose methods are no one's to load."""
-    planned = prepare_methods(model, PatchConfig([m.config for m in methods]), methods)
-    with _in_place_of_any(model, Patch(model, planned)) as patch:
+    plan = plan_methods(model, PatchConfig([m.config for m in methods]), methods)
+    with _in_place_of_any(model, _prepared(plan)) as patch:
         yield patch
+
+
+def _prepared(plan: PatchPlan) -> Patch:
+    plan.prepare()
+    return Patch(plan, plan.runtimes())
 
 
 @contextmanager
@@ -273,10 +269,11 @@ def _carried(model: Any) -> Patch | None:
 
 def _adopt(model: nn.Module, carried: dict[int, LayerRuntime]) -> Patch:
     found = survey(model)
-    plan = [(x, carried[id(x.module)]) for x in found.layers if id(x.module) in carried]
-    methods = list(dict.fromkeys(m for _, runtime in plan for m in runtime.methods))
-    skipped = found.skipped + [(x.name, "not chosen") for x in found.layers if id(x.module) not in carried]
-    return Patch(model, Planned(PatchConfig([m.config for m in methods]), methods, found, plan, skipped))
+    layers = [(x, carried[id(x.module)]) for x in found.layers if id(x.module) in carried]
+    methods = list(dict.fromkeys(m for _, runtime in layers for m in runtime.methods))
+    chosen = [rt.methods if (rt := carried.get(id(x.module))) else [] for x in found.layers]
+    config, why = PatchConfig([m.config for m in methods]), ["not chosen"] * len(found.layers)
+    return Patch(PatchPlan(model, config, methods, found, chosen, why), layers)
 
 
 def _already(what: str) -> AlreadyPatchedError:

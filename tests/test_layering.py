@@ -24,12 +24,13 @@ ALLOWED = {
     "ops": {"core", "errors"},
     "runtime": {*CORE, "ops"},
     "methods": PATCHING,
-    "api": {*CORE, "runtime"}, "public": {*CORE, "api"}, "": {"moved", "public", "version"},
+    "drives": {"core", "errors"}, "api": {*CORE, "drives", "runtime"},
+    "public": {*CORE, "api"}, "": {"moved", "public", "version"},
     "draw": {*PATCHING}, "calibrate": {*ALL, "cli"},
     "integrations": {*ALL, "public", ""}, "cli": {*ALL, "integrations", "evals"},
 }  # fmt: skip
 LATE = {  # within functions, once a command has been given
-    ("calibrate", "evals"), ("integrations", "evals"),
+    ("calibrate", "evals"), ("integrations", "evals"), ("drives", "methods"),
 }  # fmt: skip
 EVALS = {
     "errors": set(), "tasks": {"errors", "testbed"}, "testbed": set(), "run": {"errors", "jobs", "recipe", "testbed"},

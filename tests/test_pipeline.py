@@ -1,7 +1,7 @@
 """The points at which a method acts: select, bias, reweight, output, route, observe, alone and together."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -10,12 +10,16 @@ import zoo
 from test_invariants import assert_close, built, logits
 from torch import Tensor
 
+import hfpatch
 from hfpatch import IncompatibleMethodsError, Method, MethodConfig, patched
 from hfpatch.config import registry
 from hfpatch.core.call import AttentionCall
 from hfpatch.core.reweight import Columns
 from hfpatch.core.reweight import reweight as reweight_op
 from hfpatch.core.selection import BlockMap, Causal, Selection
+from hfpatch.methods.flux.method import FluxConfig
+from hfpatch.methods.streaming import StreamingConfig
+from hfpatch.methods.zerotuning import ZeroTuningConfig
 from hfpatch.ops import attend
 
 LENGTH = 41
@@ -432,6 +436,65 @@ def test_two_routers_on_one_layer_are_refused() -> None:
         pass
     with patched(model, [make(Router, layers=0), make(DenseRouter, layers="1-")]) as patch:
         assert patch.layers == [0, 1, 2]
+
+
+def test_two_executors_on_one_layer_are_refused() -> None:
+    model = built("llama")
+    asks = [StreamingConfig(sink=1, window=4, executor=name) for name in ("torch", "reference")]
+    routed = FluxConfig(executor="torch", sparse_settings={"executor": "reference"})
+    beside = [FluxConfig(sparse_settings={"executor": "torch"}), ZeroTuningConfig(gamma=2.0, executor="reference")]
+    for methods in (asks, [*asks[:1], make(Recorder), *asks[1:]], routed, beside):
+        with pytest.raises(IncompatibleMethodsError, match=r"executor '\w+'.*for '\w+' on the same layer; name one"):
+            hfpatch.patch_model(model, methods)
+    for other in (replace(asks[0], layers=0), StreamingConfig(layers="1-")):
+        with patched(model, [other, replace(asks[1], layers="1-")]) as patch:
+            logits(model, zoo.prompt(model, 1, LENGTH))
+            ran = {line.layer: set(line.stats.executors) for line in patch.report().lines}
+            assert ran[1] == ran[2] == {"reference"}
+
+
+def test_an_executor_named_for_a_router_runs_what_it_routes() -> None:
+    model = built("llama")
+    narrow = {"sink": 1, "window": 4}
+    for settings in (
+        {"executor": "reference", "sparse_settings": narrow},
+        {"sparse_settings": {**narrow, "executor": "reference"}},
+    ):
+        with patched(model, "flux", sparse_layers="0-", **settings) as patch:
+            logits(model, zoo.prompt(model, 1, LENGTH))
+            assert all(set(line.stats.executors) == {"reference"} for line in patch.report().lines)
+
+
+class NewLse(Toy):
+    """Halves the output, and says so of the lse, too."""
+
+    needs = frozenset({"lse"})
+
+    def output(self, call: AttentionCall, out: Tensor) -> tuple[Tensor, Tensor]:
+        assert call.lse is not None
+        return out / 2, call.lse - 1
+
+
+def test_output_may_change_the_lse_and_later_methods_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._registered, "toy-NewLse", _named(NewLse))
+    model = built("llama")
+    ids = zoo.prompt(model, 2, LENGTH)
+    seen = []
+    for methods in ([make(LseRecorder)], [make(NewLse), make(LseRecorder)]):
+        with patched(model, methods) as patch:
+            logits(model, ids)
+            seen.append(patch.methods[-1].seen[0])
+    (_, out, lse), (_, half, less) = seen
+    assert_close("out", half, out / 2)
+    assert_close("lse", less, lse - 1)
+
+
+def test_a_method_by_the_old_name_of_a_point_is_refused() -> None:
+    with pytest.raises(TypeError, match="the point is `reweight` now"):
+
+        class Old(Toy):
+            def regroup(self, call: AttentionCall) -> list[Columns]:
+                return []
 
 
 def test_selections_of_two_methods_are_intersected() -> None:

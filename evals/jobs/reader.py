@@ -98,7 +98,7 @@ class ReaderJob:
         loaded, variant = session.loaded, session.variant(cell.variant)
         records = []
         with variant.applied(loaded.model) as patch:
-            reads = patch is not None and any("answer" in m.drives for m in patch.methods)
+            reads = patch is not None and patch.reads
             if not reads and cell.variant not in self.at_most:
                 check_length(loaded, cell.length)
             for asked in self.questions(cell.length, session.seed):

@@ -11,7 +11,7 @@ from rich.text import Text
 from hfpatch.evals.run.models import load_model
 from hfpatch.evals.run.variants import Variant, make_variant
 
-from ..api import patched, plan_patch
+from ..api import PatchPlan, plan_patch
 from ..config.method_config import MethodConfig
 from ..config.registry import list_methods
 from ..errors import ConfigError, HfpatchError
@@ -48,20 +48,16 @@ def _layer_table(model: Any, found: Survey, variants: Sequence[Variant]) -> None
         table.add_column(Text(v.name))
     plans = [plan_patch(model, _methods(v)) for v in variants]
     for n, layer in enumerate(found.layers):
-        shown = [_shown(plan[n][1], v) for plan, v in zip(plans, variants, strict=True)]
+        shown = [_shown(plan, n) for plan in plans]
         table.add_row(str(layer.index), layer.name, layer.kind, *shown)
     console.print(table)
     for plan, variant in zip(plans, variants, strict=True):
-        hit = sum(_is_patched(what, variant) for _, what in plan)
-        console.print(f"{variant.name}: patches {hit} of {found.num_layers} layers")
+        console.print(f"{variant.name}: patches {len(plan.patched)} of {found.num_layers} layers")
 
 
-def _is_patched(what: str, variant: Variant) -> bool:
-    return set(what.split("+")) <= {m.method for m in _methods(variant)}
-
-
-def _shown(what: str, variant: Variant) -> Text:
-    return Text(what) if _is_patched(what, variant) else Text(f"- {what}", style="dim")
+def _shown(plan: PatchPlan, n: int) -> Text:
+    what = plan[n][1]
+    return Text(what) if plan.chosen[n] else Text(f"- {what}", style="dim")
 
 
 def _method_table(model: Any) -> None:
@@ -69,23 +65,23 @@ def _method_table(model: Any) -> None:
     for name in list_methods():
         variant = make_variant(name, [(name, {})])
         plan = plan_patch(model, _methods(variant))
-        left = Counter(what for _, what in plan if not _is_patched(what, variant))
-        hit = len(plan) - sum(left.values())
-        table.add_row(name, f"{hit} layers", ", ".join(f"{n} ({why})" for why, n in left.items()))
+        left = Counter(why for why, some in zip(plan.why, plan.chosen, strict=True) if not some)
+        table.add_row(name, f"{len(plan.patched)} layers", ", ".join(f"{n} ({why})" for why, n in left.items()))
     console.print(table)
 
 
 def _refusal(name: str, model: Any, variant: Variant) -> str | None:
     """Why the patch as a whole is refused; weights are loaded only if the method has to look at them."""
+    if variant.config is None:
+        return None
     try:
         try:
-            with variant.applied(model):
-                return None
+            plan_patch(model, variant.config).prepare()
         except (NotImplementedError, RuntimeError):  # it reads weights, which the meta device has not got
-            with patched(load_model(name).model, variant.config):
-                return None
+            plan_patch(load_model(name).model, variant.config).prepare()
     except HfpatchError as error:
         return str(error)
+    return None
 
 
 def show_layer(
@@ -108,7 +104,7 @@ def show_layer(
     check_length(loaded, ids.shape[1])
     if layer is None:
         plan = plan_patch(loaded.model, _methods(variant))
-        layer = next((found.index for found, what in plan if _is_patched(what, variant)), 0)
+        layer = next((taken.index for taken, _ in plan.patched), 0)
     file = out / f"layer-{layer}-head-{head}.png"
     seen = draw_layer(loaded.model, ids, variant.config, layer, file, head)
     chunks = (

@@ -26,9 +26,9 @@ class AttentionCall:
 
     q `[B, Hq, Lq, D]`, k `[B, Hkv, Lk, D]`, v `[B, Hkv, Lk, Dv]` after RoPE, key-value heads not repeated.
     `hidden [B, Lq, d_model]` is the attention module's input, `q_pre_rope [B, Lq, Hq, D]` are the queries before
-    RoPE for methods whose `needs` name "q_pre_rope". `rows` are the batch rows served; `state` survives from prefill to
-    decode and dies with the cache. `spans` are the places named by `Patch.spans`, per row `(start, stop)` in its real
-    tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`). From `output` on,
+    RoPE for methods whose `needs` name "q_pre_rope". `rows` are the batch rows served; `state` survives from prefill
+    to decode and dies with the cache. `spans` are the places named by `Patch.spans`, per row `(start, stop)` in its
+    real tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`). From `output` on,
     `selection` is what the call ran with and `lse [B, Hq, Lq]` its log-sum-exp; it may be None after dense attention
     unless a method's `needs` name "lse". `forward` is there for methods whose `needs` name "forward".
     """

@@ -20,11 +20,11 @@ class Method:
 
     One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
     (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases: a chunk after a cache counts as
-    prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "q_pre_rope" and
-    "forward" (what layers share in a pass). `causality` says what a later token can change for an earlier one: "yes"
-    nothing, "tile" which keys the queries of its own block see, "no" anything. A method that lets caches drop keys has a
-    `retain`. `positional` methods give sinks and windows, worked out from sizes alone, and compile into one graph. `drives`
-    names the methods that run the model themselves; `get_patch(model).<name>(...)` calls them with the model first.
+    prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "q_pre_rope" and "forward"
+    (what layers share in a pass). `causality` says what a later token can change for an earlier one: "yes" nothing,
+    "tile" which keys the queries of its own block see, "no" anything. `positional` methods give sinks and windows,
+    worked out from sizes alone, and compile into one graph. `retain(call)`, where there is one, names the only keys
+    that the rows of a call will ever look at again; once all rows agree the cache drops the others.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
@@ -32,7 +32,6 @@ class Method:
     paper: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     kinds: ClassVar[frozenset[str]] = frozenset({"full"})
-    drives: ClassVar[frozenset[str]] = frozenset()
     stateful: ClassVar[bool] = False
     positional: ClassVar[bool] = False
     trained: ClassVar[bool] = False
@@ -126,6 +125,6 @@ def check_compatible(methods: Sequence[Method]) -> None:
     if len(naming) > 1:
         (one, first), (other, second), *_ = naming.items()
         raise IncompatibleMethodsError(
-            f"{first!r} asks for executor {one!r} and {second!r} for {other!r} on the same layer; name one of them, or "
+            f"{first!r} asks for executor {one!r}, {second!r} for {other!r} on the same layer; name one of them, or "
             "give the methods different `layers`."
         )

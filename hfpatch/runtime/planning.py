@@ -24,63 +24,79 @@ MethodLike = str | MethodConfig
 
 
 @dataclass(frozen=True)
-class Planned:
-    """Methods with the layers they are to act on; `layers` carry their runtime, `skipped` the reason."""
+class PatchPlan(Sequence[tuple[AttentionLayer, str]]):
+    """What patching a model would do: every attention layer with its methods, or the reason for none.
 
+    `chosen` are the methods of each layer of the survey, `why` the reasons.
+    """
+
+    model: nn.Module
     config: PatchConfig
     methods: list[Method]
     survey: Survey
-    layers: list[tuple[AttentionLayer, LayerRuntime]]
-    skipped: list[tuple[str, str]]
+    chosen: list[list[Method]]
+    why: list[str]
+
+    def __len__(self) -> int:
+        return len(self.survey.layers)
+
+    def __getitem__(self, n: Any) -> Any:
+        if isinstance(n, slice):
+            return [self[i] for i in range(*n.indices(len(self)))]
+        return self.survey.layers[n], "+".join(m.name for m in self.chosen[n]) or self.why[n]
+
+    @property
+    def patched(self) -> list[tuple[AttentionLayer, list[Method]]]:
+        """The layers that methods act on."""
+        return [(layer, some) for layer, some in zip(self.survey.layers, self.chosen, strict=True) if some]
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Names of the attention modules that are left alone, with the reason."""
+        left = zip(self.survey.layers, self.chosen, self.why, strict=True)
+        return self.survey.skipped + [(layer.name, why) for layer, some, why in left if not some]
+
+    def prepare(self) -> None:
+        """Have the methods look at the model. Raises HfpatchError subclasses where the patch cannot be."""
+        for _, some in self.patched:
+            check_compatible(some)
+        if not self.patched:
+            reasons = ", ".join(f"{n} x {r}" for r, n in Counter(self.why).items())
+            raise NothingPatchedError(
+                f"{'+'.join(m.name for m in self.methods)} would patch none of the {len(self)} attention layers of "
+                f"{type(self.model).__name__} ({reasons}); choose other `layers` or a method that acts on these."
+            )
+        for layer, some in self.patched:
+            if any("q_pre_rope" in m.needs for m in some):
+                check_queries(layer.module)
+        for m in self.methods:
+            m.prepare(self.model, [layer.index for layer, some in self.patched if m in some])
+
+    def runtimes(self) -> list[tuple[AttentionLayer, LayerRuntime]]:
+        """What the patched layers are to carry."""
+        count, own = self.survey.num_layers, getattr(self.model, "config", None)
+        made = [(x, LayerRuntime(x.name, x.index, count, some, own)) for x, some in self.patched]
+        for _, runtime in made:
+            runtime.patched = len(made)
+        return made
 
 
 def plan_patch(
     model: nn.Module, method: MethodLike | PatchConfig | Sequence[MethodLike], **settings: Any
-) -> list[tuple[AttentionLayer, str]]:
-    """What patching would do, without doing it: every attention layer with its methods or the reason for none."""
-    found = survey(checked(model))
-    methods = _build(_as_config(method, settings))
-    check_given(methods, model)
-    chosen, why = _assign(methods, found)
-    return [(x, "+".join(m.name for m in chosen[n]) or why[n]) for n, x in enumerate(found.layers)]
-
-
-def prepare(model: nn.Module, method: Any, settings: dict[str, Any]) -> Planned:
-    """Check everything that can be checked before the model is touched. Raises HfpatchError subclasses."""
+) -> PatchPlan:
+    """What patching would do, without doing it: pairs of an attention layer and its methods or the reason for none."""
     config = _as_config(method, settings)
-    return prepare_methods(checked(model), config, _build(config))
+    return plan_methods(checked(model), config, _build(config))
 
 
-def prepare_methods(model: nn.Module, config: PatchConfig, methods: list[Method]) -> Planned:
-    """As `prepare`, for methods that have been made already."""
+def plan_methods(model: nn.Module, config: PatchConfig, methods: list[Method]) -> PatchPlan:
+    """As `plan_patch`, for methods that have been made already."""
     _check_executors(config)
     found = survey(model)
     check_given(methods, model)
     chosen, why = _assign(methods, found)
-    for some in chosen:
-        check_compatible(some)
-    if not any(chosen):
-        reasons = ", ".join(f"{n} x {r}" for r, n in Counter(why).items())
-        raise NothingPatchedError(
-            f"{'+'.join(m.name for m in methods)} would patch none of the {len(found.layers)} attention layers of "
-            f"{type(model).__name__} ({reasons}); choose other `layers` or a method that acts on these."
-        )
-    for n, some in enumerate(chosen):
-        if any("q_pre_rope" in m.needs for m in some):
-            check_queries(found.layers[n].module)
-    for m in methods:
-        m.prepare(model, [x.index for n, x in enumerate(found.layers) if m in chosen[n]])
-    own = getattr(model, "config", None)
-    plan = [
-        (x, LayerRuntime(x.name, x.index, found.num_layers, chosen[n], own))
-        for n, x in enumerate(found.layers)
-        if chosen[n]
-    ]
-    for _, runtime in plan:
-        runtime.patched = len(plan)
-    skipped = found.skipped + [(x.name, why[n]) for n, x in enumerate(found.layers) if not chosen[n]]
     name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None) or None
-    return Planned(PatchConfig(config.methods, name, config.tensors), methods, found, plan, skipped)
+    return PatchPlan(model, PatchConfig(config.methods, name, config.tensors), methods, found, chosen, why)
 
 
 def checked(model: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """InfiniRetri against a plain NumPy reading of the method, fed with eager attention maps."""
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ import zoo
 from tiny_tokenizer import VOCAB, byte_tokenizer
 
 from hfpatch import ConfigError, HfpatchError, NothingPatchedError, get_patch, patch_model, patched
+from hfpatch.api import Patch
 from hfpatch.errors import InputError
+from hfpatch.methods.infiniretri.method import InfiniRetri
 from hfpatch.methods.infiniretri.prompt import make_prompt, tokenize
 from hfpatch.methods.infiniretri.sentences import chunks, faithful_end, plain_end, sentences
 
@@ -278,6 +281,26 @@ def test_a_megabyte_without_a_sentence_end() -> None:
 def test_bad_input_is_named(context: Any, question: Any, message: str) -> None:
     with patched(tiny(), "infiniretri", **SETTINGS) as patch, pytest.raises(InputError, match=message):
         patch.retrieve(context, question, tokenizer=byte_tokenizer(), progress=False)
+
+
+@pytest.mark.parametrize("what", ["retrieve", "answer", "generate", "rank_layers"])
+def test_a_patch_that_does_not_read_says_so(what: str) -> None:
+    with patched(tiny(), "streaming") as patch:
+        given = {"retrieve": (TEXT, QUESTION), "generate": (TEXT, QUESTION), "answer": ([],)}.get(what, ())
+        assert not patch.reads
+        with pytest.raises(ConfigError, match=f"{what}: streaming does not read; patch the model with 'infiniretri'"):
+            getattr(patch, what)(*given)
+        assert not hasattr(patch, "retreive")
+    with patched(tiny(), ["streaming", "infiniretri"]) as patch:
+        assert patch.reads
+
+
+def test_the_handle_takes_what_the_method_takes() -> None:
+    for what in ("retrieve", "answer", "generate", "rank_layers"):
+        own = inspect.signature(getattr(InfiniRetri, what)).parameters
+        handle = inspect.signature(getattr(Patch, what)).parameters
+        assert [n for n in own if n != "model"] == list(handle)
+        assert all(own[n].default == p.default for n, p in handle.items())
 
 
 def test_missing_tokenizer_chat_template_and_layers() -> None:

@@ -55,7 +55,6 @@ class InfiniRetri(Method):
     summary = "reads beyond the window in chunks, answers from the sentences it kept"
     paper = "https://arxiv.org/abs/2502.12962"
     acts_in = frozenset({"prefill"})
-    drives = frozenset({"retrieve", "answer", "generate", "rank_layers"})
 
     def __init__(self, config: InfiniRetriConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
