@@ -24,7 +24,7 @@ ALLOWED = {
     "ops": {"core", "errors"},
     "runtime": {*CORE, "ops"},
     "methods": PATCHING,
-    "drives": {"core", "errors"}, "api": {*CORE, "drives", "runtime"},
+    "drives": {"core", "errors"}, "handle": {*CORE, "drives", "runtime"}, "api": {*CORE, "handle", "runtime"},
     "public": {*CORE, "api"}, "": {"moved", "public", "version"},
     "draw": {*PATCHING}, "calibrate": {*ALL, "cli"},
     "integrations": {*ALL, "public", ""}, "cli": {*ALL, "integrations", "evals"},

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.audit import Audit
 from ..core.call import AttentionCall, Span
 from ..core.method import Method
 from ..core.report import PhaseStats
@@ -36,6 +37,7 @@ class LayerRuntime:
     base_config: Any
     source: AttentionSource
     patched: int = 1  # layers of the patch it belongs to
+    audit: Audit | None = None
 
     def __init__(
         self, name: str, layer: int, num_layers: int, methods: Sequence[Method], model_config: Any = None
@@ -90,7 +92,7 @@ class LayerRuntime:
         calls, plans = self._plans(raw, phase, chain, groups, several)
         stats = self._stats(phase)
         stats.calls += 1
-        out = execute(raw, plans, stats)
+        out = execute(raw, plans, stats, self.audit)
         self.cropping.after(raw, calls)
         return out
 

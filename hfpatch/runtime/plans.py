@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.audit import Audit
 from ..core.call import AttentionCall
 from ..core.report import PhaseStats
 from ..core.reweight import Columns, as_bias, reweight
@@ -49,7 +50,9 @@ def planned(call: AttentionCall, chain: Chain, at: RowSlice) -> Plan:
     return Plan(call, chain, selection, columns, at)
 
 
-def execute(raw: RawCall, plans: Sequence[Plan], stats: PhaseStats) -> tuple[Tensor, Tensor | None]:
+def execute(
+    raw: RawCall, plans: Sequence[Plan], stats: PhaseStats, audit: Audit | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Output `[B, Lq, Hq, Dv]` and weights, which only the model's own attention gives."""
     b, hq, lq, _ = raw.q.shape
     own = _leaves_base(raw, plans)
@@ -57,10 +60,10 @@ def execute(raw: RawCall, plans: Sequence[Plan], stats: PhaseStats) -> tuple[Ten
     if out is not None and not any(p.chain.looks for p in plans):
         return out, weights
     if len(plans) == 1 and (len(plans[0].at.rows), plans[0].at.length) == (b, lq):
-        return _finished(plans[0], attended(plans[0], stats) if out is None else out), weights
+        return _finished(plans[0], attended(plans[0], stats, audit) if out is None else out), weights
     whole = raw.q.new_zeros(b, lq, hq, raw.v.shape[-1]) if out is None else out.clone()
     for plan in plans:
-        part = attended(plan, stats) if own else plan.at.take(whole, 1)
+        part = attended(plan, stats, audit) if own else plan.at.take(whole, 1)
         plan.at.put(whole, _finished(plan, part))
     return whole, weights
 
@@ -82,7 +85,7 @@ def _base(raw: RawCall, plans: Sequence[Plan], stats: PhaseStats) -> tuple[Tenso
     return raw.base()
 
 
-def attended(plan: Plan, stats: PhaseStats) -> Tensor:
+def attended(plan: Plan, stats: PhaseStats, audit: Audit | None = None) -> Tensor:
     """Output `[B, Lq, Hq, Dv]` of the plan's call by an executor, counted; the call then has its lse."""
     call, selection = plan.call, plan.selection
     done = attend(
@@ -95,6 +98,8 @@ def attended(plan: Plan, stats: PhaseStats) -> Tensor:
     elif call.dropped:
         seen = call.layout.visible
     stats.add(seen, call.visible, done.executor)
+    if audit is not None:
+        audit.look(call, selection, done.out, done.lse)
     out, call.lse, call.selection = done.out, done.lse, selection
     if plan.columns:
         out, call.lse = reweight(call, out, done.lse, plan.columns, selection)
