@@ -102,3 +102,11 @@ METHODS = [
         "tile",
     ),
 ]
+
+ALWAYS = {"dense", "streaming", "block_topk", "quest", "zerotuning"}  # a block, a stateful, a reweighting method
+
+
+def sample(turn: int) -> list[MethodCase]:
+    """A sample of the list: a method of each kind, and every fifth of the others, which change with `turn`."""
+    others = [case for case in METHODS if str(case) not in ALWAYS]
+    return [case for case in METHODS if str(case) in ALWAYS or (others.index(case) + turn) % 5 == 0]

@@ -168,7 +168,7 @@ def test_the_object_that_was_patched_may_go() -> None:
 
 
 def test_merged_adapters_keep_the_patch_and_its_undoing() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft, which nothing else needs, is not installed")
     model = peft.get_peft_model(fresh(), peft.LoraConfig(target_modules=["q_proj"]))
     patch_model(model, **STREAMING)
     merged = model.merge_and_unload()
