@@ -26,6 +26,7 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 PERCENT = FuncFormatter(lambda y, _: f"{y:.0%}")
 BESIDE = 3  # groups of bars in a line
+ASIDE = 0.02  # octaves of prompt length between the variants of a plot of shares, which often coincide
 
 
 def draw(plot: Plot, path: Path, title: str) -> Path:
@@ -125,7 +126,8 @@ def _lines(plot: Lines) -> Figure:
     figure, grid = plt.subplots(1, len(plot.panels), figsize=size, squeeze=False)
     for axis, panel in zip(grid.flat, plot.panels, strict=True):
         for series in panel.series:
-            _line(axis, series, looks[series.name])
+            aside = names.index(series.name) - (len(names) - 1) / 2 if panel.percent and plot.lengths else 0
+            _line(axis, series, looks[series.name], [x * 2 ** (ASIDE * aside) for x in series.x])
         _dress(axis, panel)
         if plot.lengths:
             _length_axis(axis, sorted({x for s in panel.series for x in s.x}))
@@ -135,14 +137,14 @@ def _lines(plot: Lines) -> Figure:
     return figure
 
 
-def _line(axis: Axes, series: Series, style: dict[str, Any]) -> None:
+def _line(axis: Axes, series: Series, style: dict[str, Any], at: Sequence[float]) -> None:
     style = {**style, "linestyle": "--" if series.dashed else "-", "label": series.name}
     if not len(series.low):
-        axis.plot(series.x, series.y, **style)
+        axis.plot(at, series.y, **style)
         return
     down = [y - low for y, low in zip(series.y, series.low, strict=True)]
     up = [high - y for y, high in zip(series.y, series.high, strict=True)]
-    axis.errorbar(series.x, series.y, yerr=[down, up], capsize=3, elinewidth=1, clip_on=False, **style)
+    axis.errorbar(at, series.y, yerr=[down, up], capsize=3, elinewidth=1, clip_on=False, **style)
 
 
 def _dress(axis: Axes, panel: Panel) -> None:
@@ -202,7 +204,7 @@ def _bar_panel(axis: Axes, bars: Sequence[Bar], plot: Bars, *, names: bool) -> N
         end = bar.value
         if bar.low is not None and bar.high is not None:
             error = [[bar.value - bar.low], [bar.high - bar.value]]
-            axis.errorbar(bar.value, y, xerr=error, color="#4d4d4d", capsize=3, elinewidth=1)
+            axis.errorbar(bar.value, y, xerr=error, color="black", capsize=3, elinewidth=1)
             end = bar.high
         text = f"{bar.value:{plot.form}}"
         axis.annotate(text, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)

@@ -73,7 +73,7 @@ def test_intervals_are_wilson_s(hits, asked, low, high):
 
 
 def test_intervals_of_what_is_no_share_hold_the_nearest_share():
-    assert interval(1e99, 4) == interval(1, 4) and interval(-3, 10**99) == (0.0, 0.0)
+    assert interval(1e99, 4) == interval(1, 4) and interval(-3, 10**99) == (0.0, pytest.approx(0.0))
 
 
 def test_stopwatch_sees_the_prompt_and_every_token(session):
