@@ -2,7 +2,8 @@
 
 import importlib
 import pkgutil
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from ..errors import EvaluationError
@@ -25,12 +26,17 @@ def register_job(cls: J) -> J:
     return cls
 
 
+@cache
+def _entry_points() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
+
+
 def job_kinds() -> dict[str, type[Job]]:
     """All kinds of job, by name."""
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
-    for found in entry_points(group=ENTRY_POINT_GROUP):
+    for found in _entry_points():
         if found.name not in _registered:
             register_job(found.load())
     return dict(sorted(_registered.items()))
