@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test coverage test-slow test-newest test-floor models lint types wheel clean
+.PHONY: demo test coverage test-slow test-newest test-floor models schema lint types wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,6 +53,10 @@ endef
 # docs/models.md: every model type of the installed Transformers, patched and compared
 models: $(STAMP)
 	cd tests && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(abspath $(BIN))/python -m survey --all --workers $(WORKERS) --write ../docs/models.md
+
+# recipes/schema.json anew, from the settings of every kind of job
+schema: $(STAMP)
+	$(BIN)/python -c "from hfpatch.evals.recipe.schema import write; write()"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
