@@ -72,10 +72,16 @@ def get_method(name: str) -> type[Method]:
     return _registered[name]
 
 
-def make_config(name: str, settings: dict[str, Any]) -> MethodConfig:
-    """Config of a method or preset with `settings` applied. Raises ConfigError, UnknownMethodError."""
+def resolve(name: str) -> tuple[type[MethodConfig], dict[str, Any]]:
+    """The config class of a method or preset, and the preset's settings. Raises UnknownMethodError."""
     known = not isinstance(name, str) or name in _registered or name in _builtin_names()
+    preset: dict[str, Any] = {}
     if not known and name in (presets := list_presets()):
         name, preset = presets[name]
-        settings = {**preset, **settings}
-    return get_method(name).config_class.from_dict(settings)
+    return get_method(name).config_class, preset
+
+
+def make_config(name: str, settings: dict[str, Any]) -> MethodConfig:
+    """Config of a method or preset with `settings` applied. Raises ConfigError, UnknownMethodError."""
+    cls, preset = resolve(name)
+    return cls.from_dict({**preset, **cls.renewed(settings)} if preset else settings)

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..config.method_config import option
 from .selection import BlockMap, Layout, no_longer
 
 SHARES = ("group", "head", "all")
+
+
+def head_sharing(default: str = "group") -> str:
+    """The setting `head_sharing` of a method."""
+    who = "who shares a choice: the heads of a KV group, no one, or all heads"
+    return option(default, who, choices=SHARES, old="share")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.blocks import SHARES, Grid, block_means, capped, check_budget, choosers, top_blocks, top_mass
+from ..core.blocks import Grid, block_means, capped, check_budget, choosers, head_sharing, top_blocks, top_mass
 from ..core.call import AttentionCall
 from ..core.method import Method
 from ..core.selection import Selection
@@ -22,12 +22,14 @@ class BlockTopkConfig(MethodConfig):
 
     method: ClassVar[str] = "block_topk"
     budget: int | float = option(1024, "keys per query tile: tokens, or a share of the visible ones", gt=0)
-    mass: float | None = option(None, "keep blocks up to this estimated mass instead of a budget", gt=0, le=1)
+    top_p: float | None = option(
+        None, "keep blocks up to this share of the estimated attention instead of a budget", gt=0, le=1, old="mass"
+    )
     block_q: int = option(128, "queries per tile", ge=1)
     block_k: int = option(64, "keys per block", ge=1)
-    sink: int = option(1, "first key blocks, always kept", ge=0)
-    window: int = option(4, "last key blocks up to the tile's own, always kept", ge=1)
-    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    sink_blocks: int = option(1, "first key blocks, always kept", ge=0, old="sink")
+    window_blocks: int = option(4, "last key blocks up to the tile's own, always kept", ge=1, old="window")
+    head_sharing: str = head_sharing()
     bands: bool = option(False, "score high and low rotary frequencies apart (Prism)")
     high: float = option(0.5, "share of channels in the high band", gt=0, le=1)
     low: float = option(0.75, "share of channels in the low band", gt=0, le=1)
@@ -44,7 +46,7 @@ class BlockTopk(Method):
 
     The pooled scorer of MoBA-like methods; heads that share a choice average their weights. `bands` is Prism,
     arXiv 2602.08426: mean pooling after RoPE wipes out high frequencies, so both bands are scored apart, each with
-    the temperature sqrt(d_z / D) RMS(Q_z) / RMS(Q) RMS(K_z) / RMS(K). With `mass` the bands' sets are united as in
+    the temperature sqrt(d_z / D) RMS(Q_z) / RMS(Q) RMS(K_z) / RMS(K). With `top_p` the bands' sets are united as in
     the paper; with a budget a block counts with the larger of its two weights. The split assumes rotate-half RoPE;
     channels RoPE leaves alone belong to the low band. Temperatures look at the whole call.
     """
@@ -55,7 +57,7 @@ class BlockTopk(Method):
     acts_in = frozenset({"prefill"})
     causality = "tile"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "prism": {"bands": True, "mass": 0.95, "block_k": 128, "window": 1, "share": "head"},
+        "prism": {"bands": True, "top_p": 0.95, "block_k": 128, "window_blocks": 1, "head_sharing": "head"},
     }
 
     def __init__(self, config: BlockTopkConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -70,18 +72,18 @@ class BlockTopk(Method):
     @torch.no_grad()
     def select(self, call: AttentionCall) -> Selection | None:
         s = self.settings
-        whole = s.mass is None and isinstance(s.budget, int) and call.Lk <= s.budget
+        whole = s.top_p is None and isinstance(s.budget, int) and call.Lk <= s.budget
         if call.Lk < s.min_length or whole:
             return None
         grid = Grid.of(call.layout, s.block_q, s.block_k)
-        heads = choosers(call.layout, s.share)
+        heads = choosers(call.layout, s.head_sharing)
         q, k = block_means(call.q, grid.block_q), block_means(call.k, grid.block_k)
         weights = [w.unflatten(1, (heads, -1)).mean(2) for w in pooled_weights(q, k, grid, self.split(call))]
-        forced = grid.forced(s.sink, s.window)
+        forced = grid.forced(s.sink_blocks, s.window_blocks)
         score = torch.stack(weights).amax(0)
-        if s.mass is None:
+        if s.top_p is None:
             return top_blocks(grid, score, forced, grid.budget(s.budget))
-        keep = torch.stack([top_mass(w, s.mass) for w in weights]).any(0)
+        keep = torch.stack([top_mass(w, s.top_p) for w in weights]).any(0)
         return capped(grid, score, keep, forced, None)
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:

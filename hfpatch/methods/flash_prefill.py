@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.blocks import SHARES, Grid, block_means, capped, check_budget, choosers, pad_to
+from ..core.blocks import Grid, block_means, capped, check_budget, choosers, head_sharing, pad_to
 from ..core.call import AttentionCall
 from ..core.method import Method
 from ..core.selection import BlockMap, Causal, Rows, Selection
@@ -22,18 +22,18 @@ CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(kw_only=True)
 class FlashPrefillConfig(MethodConfig):
-    """Settings of `flash_prefill`; sink, window and last_blocks in blocks."""
+    """Settings of `flash_prefill`."""
 
     method: ClassVar[str] = "flash_prefill"
     alpha: float = option(0.12, "keep blocks with at least this share of the best block's energy", ge=0, le=1)
     budget: int | float | None = option(None, "at most so many keys per tile (tokens or share), best first", gt=0)
     block_q: int = option(128, "queries per tile", ge=1)
     block_k: int = option(128, "keys per block", ge=1)
-    sink: int = option(2, "first key blocks, always kept", ge=0)
-    window: int = option(4, "last key blocks up to the tile's own, always kept", ge=1)
+    sink_blocks: int = option(2, "first key blocks, always kept", ge=0, old="sink")
+    window_blocks: int = option(4, "last key blocks up to the tile's own, always kept", ge=1, old="window")
     last_blocks: int = option(2, "query tiles at the end of a prefill call that attend densely", ge=0)
     dense_layers: int = option(0, "first decoder layers that stay dense", ge=0)
-    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    head_sharing: str = head_sharing()
     min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
     mean_correction: bool = option(False, "dropped blocks count with their mean key and mean value")
 
@@ -46,9 +46,9 @@ class FlashPrefillConfig(MethodConfig):
 class FlashPrefill(Method):
     """Every query meets every mean key; a block stays when its summed exponentials reach alpha times the best.
 
-    FlashPrefill, arXiv 2603.06199 (share="head") and its second version 2608.19758 (share="group": the rows of a
-    tile are the queries of all heads of a KV group). The paper's values of alpha: Llama-3.1-8B 0.18, Qwen3-30B-A3B
-    0.12, Qwen2.5-7B 0.08. The second version packs 128 rows of a group to a tile (block_q = 128 / heads per group).
+    FlashPrefill, arXiv 2603.06199 (head_sharing="head") and its second version 2608.19758 ("group": the rows of a tile
+    are the queries of all heads of a KV group). The paper's values of alpha: Llama-3.1-8B 0.18, Qwen3-30B-A3B 0.12,
+    Qwen2.5-7B 0.08. The second version packs 128 rows of a group to a tile (block_q = 128 / heads per group).
     Its mean correction (`mean_correction`): every dropped block adds its length times exp(logit of its mean key) to
     the softmax, with its mean value; exact where the keys and values of a block are alike. It is left out of calls
     that another method narrows or biases. In chunked prefill the last tiles of each chunk are dense.
@@ -79,11 +79,11 @@ class FlashPrefill(Method):
         stop = min(tiles * s.block_q, call.Lq)
         grid = Grid.of(call.layout.rows(0, stop), s.block_q, s.block_k)
         means = block_means(call.k[:, :, : grid.at.Lk], grid.block_k)
-        energy = tile_energy(call.q[:, :, :stop], means * call.scale, grid, choosers(call.layout, s.share))
+        energy = tile_energy(call.q[:, :, :stop], means * call.scale, grid, choosers(call.layout, s.head_sharing))
         keep = (energy > 0) & (energy >= s.alpha * energy.amax(-1, keepdim=True))
         if s.alpha == 0:
             keep = torch.ones_like(keep)
-        chosen = capped(grid, energy, keep, grid.forced(s.sink, s.window), s.budget)
+        chosen = capped(grid, energy, keep, grid.forced(s.sink_blocks, s.window_blocks), s.budget)
         return chosen if stop == call.Lq else Rows([(stop, chosen), (call.Lq, Causal())])
 
     def output(self, call: AttentionCall, out: Tensor) -> Tensor:

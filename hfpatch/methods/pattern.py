@@ -22,17 +22,21 @@ STRIDE = {"sliding": 1, "slash": 32, "dilated": 2, "power": 1, "s2": 8}
 
 @dataclass(kw_only=True)
 class PatternConfig(MethodConfig):
-    """Settings of `pattern`; window, sink and stride in blocks, None for the pattern's own value."""
+    """Settings of `pattern`; strides in blocks, None for the pattern's own value."""
 
     method: ClassVar[str] = "pattern"
     pattern: str = option("sliding", "which rule chooses the key blocks", choices=tuple(BLOCK))
     block: int | None = option(None, "tokens per block: 256, for s2 64", ge=1)
-    window: int | None = option(None, "recent blocks: sliding 9, slash 6, dilated 1, power 5, s2 16", ge=1)
-    sink: int | None = option(None, "first blocks: sliding, slash and power 1, others 0", ge=0)
+    window_blocks: int | None = option(
+        None, "recent blocks: sliding 9, slash 6, dilated 1, power 5, s2 16", ge=1, old="window"
+    )
+    sink_blocks: int | None = option(None, "first blocks: sliding, slash and power 1, others 0", ge=0, old="sink")
     stride: int | None = option(None, "distance of far blocks: slash 32, dilated 2, s2 8", ge=1)
     count: int = option(20, "blocks a dilated row sees in all", ge=1)
     slashes: int = option(3, "far diagonals of slash", ge=0)
-    share: str = option("group", "s2: a shard per KV head, per query head, or one for all", choices=SHARES)
+    head_sharing: str = option(
+        "group", "s2: a shard per KV head, per query head, or one for all", choices=SHARES, old="share"
+    )
     phase: str = option("both", "where the pattern applies", choices=("both", "prefill", "decode"))
 
     def value(self, name: str, defaults: Mapping[str, int]) -> int:
@@ -48,7 +52,7 @@ class Pattern(Method):
     sliding: d < window or J < sink. slash: also d a multiple of stride, up to `slashes` of them. dilated: every
     stride-th block, `count` in all. power (PowerAttention, arXiv 2503.03588): d < window, d a power of two, or
     J < sink. s2 (S2-Attention, 2407.17678): d < window or (J + h max(1, stride // H) + 1) a multiple of stride, where
-    H shards are the KV heads unless `share` says otherwise. The papers trained their models with power and s2:
+    H shards are the KV heads unless `head_sharing` says otherwise. The papers trained their models with power and s2:
     on a model trained densely both are ablations, and PowerAttention itself reports far weaker retrieval then. The
     paper leaves 2 of every 7 layers dense on RULER: use `layers`.
     """
@@ -65,7 +69,7 @@ class Pattern(Method):
         super().__init__(config, tensors)
         self.settings = config
         self.block = config.value("block", BLOCK)
-        self.window, self.sink = config.value("window", WINDOW), config.value("sink", SINK)
+        self.window, self.sink = config.value("window_blocks", WINDOW), config.value("sink_blocks", SINK)
         self.stride = config.value("stride", STRIDE)
         self.acts_in = frozenset({"prefill", "decode"} if config.phase == "both" else {config.phase})
         self.uncovered: str | None = None
@@ -74,7 +78,9 @@ class Pattern(Method):
         config: Any = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         hq = getattr(text, "num_attention_heads", None) or 0
-        heads = {"head": hq, "group": getattr(text, "num_key_value_heads", None) or hq, "all": 1}[self.settings.share]
+        heads = {"head": hq, "group": getattr(text, "num_key_value_heads", None) or hq, "all": 1}[
+            self.settings.head_sharing
+        ]
         if self.settings.pattern == "s2" and 0 < heads < self.stride:
             self.uncovered = (
                 f"s2: {heads} shards with a stride of {self.stride} see {heads}/{self.stride} of the far past "
@@ -96,7 +102,7 @@ class Pattern(Method):
     def _part(self, at: Layout, start: int, stop: int) -> Selection:
         """Queries `start..stop`, where every tile but the first range's begins at a block."""
         grid = Grid.of(at.rows(start, stop), self.block, self.block)
-        heads = choosers(at, self.settings.share) if self.settings.pattern == "s2" else 1
+        heads = choosers(at, self.settings.head_sharing) if self.settings.pattern == "s2" else 1
         h = torch.arange(heads, device=at.device)[:, None, None]
         keep = self.rule(h, (grid.first // self.block)[:, None], grid.blocks[None])
         return kept_blocks(grid, keep.expand(heads, grid.nq, grid.nk)[None])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.blocks import SHARES, check_budget, choosers, tokens_of
+from ..core.blocks import check_budget, choosers, head_sharing, tokens_of
 from ..core.call import AttentionCall
 from ..core.method import Method
 from ..core.selection import BlockMap, Selection
@@ -27,7 +27,7 @@ class QuestConfig(MethodConfig):
     budget: int | float = option(1024, "keys per decoded token: tokens, or a share of the visible ones", gt=0)
     page: int = option(16, "keys per page", ge=1)
     dense_layers: int = option(0, "first decoder layers that stay dense; the paper's code uses 2", ge=0)
-    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    head_sharing: str = head_sharing()
     min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
 
     def validate(self) -> None:
@@ -40,8 +40,8 @@ class Quest(Method):
     """Elementwise minimum and maximum of each page's keys bound q k from above; the top pages are attended.
 
     Quest, arXiv 2406.10774. At least three pages are kept, the current one among them. The paper chooses per query
-    head (share="head"); heads that share a choice add their bounds up. Prefill stays dense. Bounds are of keys after
-    RoPE: padded rows choose as they would alone with the positions that `generate` gives them.
+    head (head_sharing="head"); heads that share a choice add their bounds up. Prefill stays dense. Bounds are of keys
+    after RoPE: padded rows choose as they would alone with the positions that `generate` gives them.
     """
 
     config_class = QuestConfig
@@ -49,7 +49,9 @@ class Quest(Method):
     paper = "https://arxiv.org/abs/2406.10774"
     acts_in = frozenset({"decode"})
     stateful = True
-    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quest-paper": {"dense_layers": 2, "share": "head"}}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "quest-paper": {"dense_layers": 2, "head_sharing": "head"}
+    }
 
     def __init__(self, config: QuestConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
@@ -72,7 +74,7 @@ class Quest(Method):
             call.state[name] = Pages(s.page, call.k)
         pages = call.state[name]
         pages.update(call.k)
-        bounds = pages.bounds(call.q[:, :, 0]).unflatten(1, (choosers(call.layout, s.share), -1)).sum(2)
+        bounds = pages.bounds(call.q[:, :, 0]).unflatten(1, (choosers(call.layout, s.head_sharing), -1)).sum(2)
         bounds[..., -1] = torch.inf
         count = min(max(FEWEST_PAGES, -(-tokens // s.page)), bounds.shape[-1])
         indices = bounds.topk(count, dim=-1, sorted=False).indices[:, :, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.blocks import SHARES, Grid, choosers, kept_blocks, pad_to
+from ..core.blocks import Grid, choosers, head_sharing, kept_blocks, pad_to
 from ..core.call import AttentionCall
 from ..core.method import Method
 from ..core.selection import Selection
@@ -29,7 +29,7 @@ class SkipSoftmaxConfig(MethodConfig):
     decode_scale: float | None = option(None, "lambda = scale / number of keys in decode, instead", ge=0)
     block_q: int = option(128, "queries per tile", ge=1)
     block_k: int = option(128, "keys per tile", ge=1)
-    share: str = option("head", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    head_sharing: str = head_sharing("head")
     phase: str = option("both", "where tiles are skipped", choices=("both", "prefill", "decode"))
     min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
 
@@ -87,7 +87,7 @@ class SkipSoftmax(Method):
                 tiles = pad_to(near.byte(), block_q, -2).unflatten(2, (-1, block_q)).amax(3).bool()
                 n = start // block_q
                 out[:, heads, n : n + tiles.shape[2], : tiles.shape[3]] = tiles
-        return kept_blocks(grid, out.unflatten(1, (choosers(call.layout, s.share), -1)).any(2))
+        return kept_blocks(grid, out.unflatten(1, (choosers(call.layout, s.head_sharing), -1)).any(2))
 
 
 def tile_maxima(call: AttentionCall, head: int, start: int, stop: int, size: int) -> Tensor:

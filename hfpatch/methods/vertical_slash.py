@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.blocks import SHARES, Grid, check_budget, choosers, kept_blocks, pad_to, tokens_of
+from ..core.blocks import Grid, check_budget, choosers, head_sharing, kept_blocks, pad_to, tokens_of
 from ..core.call import AttentionCall
 from ..core.learned import Learned, ModelSizes
 from ..core.method import Method
@@ -36,7 +36,7 @@ class VerticalSlashConfig(MethodConfig):
     local: int = option(100, "nearest diagonals, always kept", ge=1)
     block_q: int = option(64, "queries per tile", ge=1)
     block_k: int = option(64, "neighbouring columns and diagonals chosen together; 1 chooses single ones", ge=1)
-    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    head_sharing: str = head_sharing()
     min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
 
     def validate(self) -> None:
@@ -62,7 +62,7 @@ class VerticalSlash(Method):
     acts_in = frozenset({"prefill"})
     causality = "no"  # the last queries choose for all
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "minference": {"vertical": 1000, "slash": 6096, "share": "head"},
+        "minference": {"vertical": 1000, "slash": 6096, "head_sharing": "head"},
     }
 
     def __init__(self, config: VerticalSlashConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -83,7 +83,7 @@ class VerticalSlash(Method):
         s = self.settings
         if call.Lk < s.min_length:
             return None
-        grid, heads = Grid.of(call.layout, s.block_q, s.block_k), choosers(call.layout, s.share)
+        grid, heads = Grid.of(call.layout, s.block_q, s.block_k), choosers(call.layout, s.head_sharing)
         size = grid.block_k
         columns, diagonals = (
             pad_to(x.unflatten(1, (heads, -1)).sum(2), size, -1).unflatten(-1, (-1, size)).sum(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.blocks import SHARES, Grid, capped, check_budget, choosers, no_longer, pad_to, top_mass
+from ..core.blocks import Grid, capped, check_budget, choosers, head_sharing, no_longer, pad_to, top_mass
 from ..core.call import AttentionCall
 from ..core.method import Method
 from ..core.selection import Selection
@@ -20,17 +20,19 @@ CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(kw_only=True)
 class XAttentionConfig(MethodConfig):
-    """Settings of `xattention`; sink and window in blocks."""
+    """Settings of `xattention`."""
 
     method: ClassVar[str] = "xattention"
-    mass: float = option(0.9, "keep the fewest blocks with this share of the estimated attention", gt=0, le=1)
+    top_p: float = option(
+        0.9, "keep the fewest blocks with this share of the estimated attention", gt=0, le=1, old="mass"
+    )
     budget: int | float | None = option(None, "at most so many keys per tile (tokens or share), best first", gt=0)
     stride: int = option(16, "tokens per cell side; one in `stride` products is computed", ge=1)
     block_q: int = option(128, "queries per tile, a multiple of stride", ge=1)
     block_k: int = option(128, "keys per block, a multiple of stride", ge=1)
-    sink: int = option(1, "first key blocks, always kept", ge=0)
-    window: int = option(1, "last key blocks up to the tile's own, always kept", ge=1)
-    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
+    sink_blocks: int = option(1, "first key blocks, always kept", ge=0, old="sink")
+    window_blocks: int = option(1, "last key blocks up to the tile's own, always kept", ge=1, old="window")
+    head_sharing: str = head_sharing()
     min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
 
     def validate(self) -> None:
@@ -44,16 +46,16 @@ class XAttentionConfig(MethodConfig):
 
 @register_method
 class XAttention(Method):
-    """Softmax over cells of stride x stride tokens, each standing with the sum of its antidiagonal; top mass.
+    """Softmax over cells of stride x stride tokens, each standing with the sum of its antidiagonal; top-p.
 
     XAttention, arXiv 2503.16428. The logit of a cell is divided by the stride and by sqrt(D) as in the paper's code,
     not by sqrt(D stride) as printed; the model's own scale takes the place of 1 / sqrt(D). Cells at the end of a
-    call sum the products they have. The paper chooses per query head (share="head") and with thresholds per head
-    for Llama; heads that share a choice add their scores up.
+    call sum the products they have. The paper chooses per query head (head_sharing="head") and with thresholds per
+    head for Llama; heads that share a choice add their scores up.
     """
 
     config_class = XAttentionConfig
-    summary = "key blocks by antidiagonal sums and top mass"
+    summary = "key blocks by antidiagonal sums and top-p"
     paper = "https://arxiv.org/abs/2503.16428"
     acts_in = frozenset({"prefill"})
     causality = "tile"
@@ -74,8 +76,8 @@ class XAttention(Method):
         sides = (-(-no_longer(size, n) // stride) * stride for size, n in ((s.block_q, call.Lq), (s.block_k, call.Lk)))
         grid = Grid(call.layout, *sides)
         score = block_scores(call, grid, stride)
-        score = score.unflatten(1, (choosers(call.layout, s.share), -1)).sum(2)
-        return capped(grid, score, top_mass(score, s.mass), grid.forced(s.sink, s.window), s.budget)
+        score = score.unflatten(1, (choosers(call.layout, s.head_sharing), -1)).sum(2)
+        return capped(grid, score, top_mass(score, s.top_p), grid.forced(s.sink_blocks, s.window_blocks), s.budget)
 
 
 def block_scores(call: AttentionCall, grid: Grid, stride: int) -> Tensor:

@@ -21,7 +21,7 @@ from hfpatch.methods.dhsa.score import score_chunks
 from hfpatch.methods.dhsa.table import ChunkTable
 
 SMALL: dict[str, Any] = {
-    "budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "radius": 3, "window": 2, "longest": 11,
+    "budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "radius": 3, "boundary_window": 2, "longest": 11,
     "question_tokens": 0, "close_after": 6,
 }  # fmt: skip
 HEADS = [(4, 4), (8, 2), (8, 1)]
@@ -220,12 +220,12 @@ def test_early_needle_is_kept() -> None:
 
 
 def test_one_selection_for_all_heads() -> None:
-    m, c = method(heads="all"), call(111, 111, (8, 4))
+    m, c = method(head_sharing="all"), call(111, 111, (8, 4))
     got = m.select(c).mask(c.layout)
     averaged = AttentionCall(
         0, 1, "prefill", c.q.mean(1, keepdim=True), c.k.mean(1, keepdim=True), c.v[:, :1], 0.25, rows=c.rows
     )
-    own = method(boundaries="fixed", heads="all", score="mean")
+    own = method(boundaries="fixed", head_sharing="all", score="mean")
     assert got.shape[1] == 1
     assert torch.equal(own.select(c).mask(c.layout), own.select(averaged).mask(averaged.layout))
 
@@ -287,7 +287,7 @@ def test_rotary_bands_rank_what_one_band_sees() -> None:
 
 @pytest.mark.parametrize("share,span", [("boundaries", 0), ("selection", 0), ("selection", 2)])
 def test_layers_share_with_their_leader(share: str, span: int) -> None:
-    m = method(share=share, share_span=span)
+    m = method(layer_sharing=share, layer_sharing_span=span)
     m.prepare(torch.nn.Identity(), [1, 2, 3, 5])
     calls = [call(111, 111, seed=n) for n in range(4)]
     forward = Forward()

@@ -43,17 +43,23 @@ class DhsaConfig(MethodConfig):
     boundaries: str = option("novelty", "where chunks begin", choices=("fixed", "novelty", "predictor", "oracle"))
     chunk: int = option(16, "length of fixed chunks; of others the smallest mean length", ge=1)
     longest: int = option(64, "longer chunks are split; 0 leaves them whole", ge=0)
-    window: int = option(4, "tokens compared on each side of a possible boundary", ge=1)
+    boundary_window: int = option(4, "tokens compared on each side of a possible boundary", ge=1, old="window")
     radius: int = option(4, "a boundary this close to a better one is dropped", ge=0)
     threshold: float | None = option(None, "least boundary score (novelty 0..2, predictor logit, oracle ratio)")
-    heads: str = option("group", "one selection per key-value group, or one for all heads", choices=("group", "all"))
+    head_sharing: str = option(
+        "group", "one selection per key-value group, or one for all heads", choices=("group", "all"), old="heads"
+    )
     score: str = option("mass", "what chunks are ranked by; 'mean' is the paper's", choices=RULES)
     question_tokens: int = option(64, "last queries of a prefill call, which attend densely", ge=0)
     close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
     align: int = option(1, "boundaries and lists are rounded to blocks of this many tokens", ge=1)
     phase: str = option("both", "where the selection applies", choices=("both", "prefill", "decode"))
-    share: str = option("none", "what later layers take over", choices=("none", "boundaries", "selection"))
-    share_span: int = option(0, "patched layers that share with the first of them; 0 is all", ge=0)
+    layer_sharing: str = option(
+        "none", "what later layers take over", choices=("none", "boundaries", "selection"), old="share"
+    )
+    layer_sharing_span: int = option(
+        0, "patched layers that share with the first of them; 0 is all", ge=0, old="share_span"
+    )
     predictor: PathText | None = option(
         None, "folder or Hub id of a boundary predictor, or 'embedded' for the small model's"
     )
@@ -116,8 +122,8 @@ class Dhsa(Method):
     stateful = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dhsa-paper": {
-            "boundaries": "predictor", "threshold": 1.1, "heads": "all", "score": "mean", "sink": 128, "local": 0,
-            "block_q": 128, "chunk": 8, "radius": 8, "longest": 0, "close_after": 0, "question_tokens": 64,
+            "boundaries": "predictor", "threshold": 1.1, "head_sharing": "all", "score": "mean", "sink": 128,
+            "local": 0, "block_q": 128, "chunk": 8, "radius": 8, "longest": 0, "close_after": 0, "question_tokens": 64,
         },
     }  # fmt: skip
 
@@ -130,7 +136,7 @@ class Dhsa(Method):
         self.predictor: BoundaryPredictor | None = None
         self.watch: Callable[[AttentionCall, Selection | None], None] | None = None
         self.rotary = Rotary()
-        self.needs = frozenset({"forward"} if s.share != "none" else ())
+        self.needs = frozenset({"forward"} if s.layer_sharing != "none" else ())
         self._leader: dict[int, int] = {}
         self._counts: dict[int, tuple[Tensor, int]] = {}
 
@@ -152,8 +158,8 @@ class Dhsa(Method):
         if self.predictor is not None:
             self.predictor.check(model)
         self.rotary = Rotary.of(text_config(model), modeling_names(model))
-        span = s.share_span or len(layers)
-        if s.share != "none":
+        span = s.layer_sharing_span or len(layers)
+        if s.layer_sharing != "none":
             self._leader = {layer: layers[n // span * span] for n, layer in enumerate(layers)}
 
     def notes(self) -> list[str]:
@@ -179,7 +185,7 @@ class Dhsa(Method):
         decode = call.phase == "decode"
         if call.Lk <= units * s.align or (s.phase == "prefill" and decode):
             return None
-        if s.share == "selection":
+        if s.layer_sharing == "selection":
             return self._from_leader(
                 call, "selection", (call.rows, call.Lq, call.Lk), lambda: self._choose(call, units)
             )
@@ -200,7 +206,7 @@ class Dhsa(Method):
         room = Room(sink, whole(begin - s.local, a).clamp(min=sink), whole(end + (a - 1), a), units, call.Lk // a)
         chunks = table.chunks(call.k, upto=call.off + stop - s.local)
         q = pool_queries(call.q[:, :, dense:stop], block)
-        score = score_chunks(q, chunks, s.score, begin, call.scale, s.heads == "all")
+        score = score_chunks(q, chunks, s.score, begin, call.scale, s.head_sharing == "all")
         if call.Lq > call.off:  # most of a prompt: the moments would lie idle while the other layers work
             table.forget()
         lists = choose(score, whole(chunks.starts, a), whole(chunks.ends, a), room, block, a)
@@ -238,7 +244,8 @@ class Dhsa(Method):
         def find(start: int, stop: int) -> Tensor:
             key = (call.rows, start, stop)
             make = lambda: self._find(call, start, stop, stop - question - start if question else None)  # noqa: E731
-            return self._from_leader(call, "boundaries", key, make) if self.settings.share == "boundaries" else make()
+            shared = self.settings.layer_sharing == "boundaries"
+            return self._from_leader(call, "boundaries", key, make) if shared else make()
 
         table.close(stop, find, call.Lk)
         starts, ends = table.spans
@@ -265,12 +272,12 @@ class Dhsa(Method):
         """Boundary scores `[B, stop - start]`; -inf where there are too few tokens on a side."""
         s = self.settings
         if s.boundaries == "oracle":
-            return mass_ratio(call, s.window)[:, start:stop].float().nan_to_num(-torch.inf)
+            return mass_ratio(call, s.boundary_window)[:, start:stop].float().nan_to_num(-torch.inf)
         if s.boundaries == "predictor" and self.predictor is not None:
             lead = min(start, self.predictor.window)
             return self.predictor.score(call.k[:, :, start - lead : stop])[:, lead:]
-        lead = min(start, s.window)
-        return cutting.novelty(call.k[:, :, start - lead : stop], s.window)[:, lead:]
+        lead = min(start, s.boundary_window)
+        return cutting.novelty(call.k[:, :, start - lead : stop], s.boundary_window)[:, lead:]
 
     def _from_leader(self, call: AttentionCall, what: str, key: Any, make: Callable[[], Any]) -> Any:
         """What the leading layer made for the same rows and tokens in this forward; made here where it did not."""

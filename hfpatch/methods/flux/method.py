@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...config.layers import parse_layers
 from ...config.method_config import MethodConfig, option
-from ...config.registry import get_method, make_config, register_method
+from ...config.registry import get_method, make_config, register_method, resolve
 from ...core.call import AttentionCall
 from ...core.learned import Learned, ModelSizes
 from ...core.method import Method
@@ -44,6 +44,9 @@ class FluxConfig(MethodConfig):
     crop_cache: bool = option(
         False, "where all rows of a layer go to streaming, keep only the keys it can see; needs a DynamicCache"
     )
+
+    def validate(self) -> None:
+        self.sparse_settings = resolve(self.sparse)[0].renewed(self.sparse_settings)
 
 
 def _shares_keys(model: Any) -> bool:
