@@ -26,10 +26,14 @@ def option(
     gt: float | None = None,
     le: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    share: bool = False,
     old: str | None = None,
 ) -> T:
-    """A documented setting with its range, checked whenever a config is made; `old` is its earlier name."""
-    meta = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices, "old": old}
+    """A documented setting with its range, checked whenever a config is made; `old` is its earlier name.
+
+    Of a `share`, whole numbers are tokens and others a share of the keys, at most 1.
+    """
+    meta = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices, "share": share, "old": old}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -89,6 +93,8 @@ class MethodConfig(metaclass=TakesOldNames):
             raise ConfigError(f"{where} is not one of {', '.join(map(repr, meta['choices']))}.")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not _within(value, meta):
             raise ConfigError(f"{where} is out of range; it must be {_bounds(meta)}.")
+        if meta.get("share") and isinstance(value, float) and value > 1:
+            raise ConfigError(f"{where} is out of range; a share of the keys is at most 1.0, tokens are whole.")
         return value
 
     def to_dict(self) -> dict[str, Any]:

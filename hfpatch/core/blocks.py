@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..config.method_config import option
 from .selection import BlockMap, Layout, no_longer
-
-SHARES = ("group", "head", "all")
-
-
-def head_sharing(default: str = "group") -> str:
-    """The setting `head_sharing` of a method."""
-    who = "who shares a choice: the heads of a KV group, no one, or all heads"
-    return option(default, who, choices=SHARES, old="share")
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def kept_blocks(grid: Grid, keep: Tensor) -> BlockMap:
     return BlockMap(order.topk(int(counts.max()), dim=-1).indices, counts, grid.block_q, grid.block_k)
 
 
-def capped(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int | float | None) -> BlockMap:
+def within_budget(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int | float | None) -> BlockMap:
     """The forced and kept blocks; past the budget, the kept ones with the lowest scores are dropped."""
     keep = (keep | forced) & grid.visible
     if budget is None:
@@ -109,13 +100,13 @@ def capped(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int 
     return BlockMap(best.indices, torch.minimum(best.counts, keep.sum(-1)), grid.block_q, grid.block_k)
 
 
-def top_mass(weights: Tensor, mass: float) -> Tensor:
-    """Bool like `weights [..., n]`: the smallest set of largest weights that reaches `mass` times their sum."""
-    if mass >= 1:
+def top_p(weights: Tensor, p: float) -> Tensor:
+    """Bool like `weights [..., n]`: the smallest set of largest weights that reaches `p` times their sum."""
+    if p >= 1:
         return torch.ones_like(weights, dtype=torch.bool)
     ranked, order = weights.sort(dim=-1, descending=True)
     before = ranked.cumsum(-1) - ranked
-    keep = before < mass * ranked.sum(-1, keepdim=True)
+    keep = before < p * ranked.sum(-1, keepdim=True)
     return torch.zeros_like(keep).scatter_(-1, order, keep)
 
 
@@ -142,10 +133,3 @@ def pad_to(x: Tensor, size: int, dim: int, value: float = 0.0) -> Tensor:
 def tokens_of(budget: int | float, length: int) -> int:
     """A budget in tokens, given the number of visible keys."""
     return budget if isinstance(budget, int) else math.ceil(budget * length)
-
-
-def check_budget(where: str, budget: int | float | None) -> str | None:
-    """What is wrong with a budget, or None."""
-    if isinstance(budget, float) and budget > 1:
-        return f"{where}={budget!r} is out of range; a share of the keys is at most 1.0, tokens are a whole number."
-    return None

@@ -46,7 +46,7 @@ def call(
 
 def by_loops(m: Dhsa, c: AttentionCall, starts: Tensor, ends: Tensor) -> Tensor:
     """The rule of the method, head by head and token by token: `[B, Hkv, Lq, Lk]`."""
-    s = m.settings
+    s = m.config
     keep = torch.ones(c.B, c.Hkv, c.Lq, c.Lk, dtype=torch.bool).tril(c.off)
     block = 1 if c.Lq == 1 else s.block_q
     stop = c.Lq if c.Lq == 1 else c.Lq - s.question_tokens
@@ -79,7 +79,7 @@ def by_loops_score(m: Dhsa, keys: dict, q: Tensor, upto: int) -> dict[tuple[int,
     """Score of every chunk for the queries `q [G, D]` of one group, which begin at token `upto`."""
     past = [span for span in keys if span[1] <= upto]
     mean = {span: k.mean(0) for span, k in keys.items()}
-    if m.settings.score == "mass":
+    if m.config.score == "mass":
         total = dict.fromkeys(keys, 0.0)
         for one in q:
             logit = {s: float(one @ mean[s] / 4 + (one / 4) ** 2 @ variance(k) / 2) for s, k in keys.items()}
@@ -87,7 +87,7 @@ def by_loops_score(m: Dhsa, keys: dict, q: Tensor, upto: int) -> dict[tuple[int,
             for span in keys:
                 total[span] += math.exp(logit[span]) / norm
         return total
-    common = torch.cat([keys[span] for span in past]).mean(0) if m.settings.score == "centered" and past else 0
+    common = torch.cat([keys[span] for span in past]).mean(0) if m.config.score == "centered" and past else 0
     return {(x, y): float(q.mean(0) @ (mean[x, y] - common)) * math.sqrt(y - x) for x, y in keys}
 
 

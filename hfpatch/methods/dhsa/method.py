@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...config.common import phase
 from ...config.method_config import MethodConfig, option
 from ...config.registry import register_method
 from ...core.call import AttentionCall
@@ -34,7 +35,7 @@ class DhsaConfig(MethodConfig):
     """Settings of `dhsa`; sizes in tokens."""
 
     method: ClassVar[str] = "dhsa"
-    budget: int | float = option(2048, "tokens every query block may see; below 1, that share of the keys", gt=0)
+    budget: int | float = option(2048, "tokens every query block may see, or a share of the keys", gt=0, share=True)
     sink: int = option(64, "first tokens, always visible, inside the budget", ge=0)
     local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
     block_q: int | None = option(
@@ -53,7 +54,7 @@ class DhsaConfig(MethodConfig):
     question_tokens: int = option(64, "last queries of a prefill call, which attend densely", ge=0)
     close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
     align: int = option(1, "boundaries and lists are rounded to blocks of this many tokens", ge=1)
-    phase: str = option("both", "where the selection applies", choices=("both", "prefill", "decode"))
+    phase: str = phase()
     layer_sharing: str = option(
         "none", "what later layers take over", choices=("none", "boundaries", "selection"), old="share"
     )
@@ -65,8 +66,6 @@ class DhsaConfig(MethodConfig):
     )
 
     def validate(self) -> None:
-        if isinstance(self.budget, float) and self.budget > 1:
-            raise ConfigError(f"dhsa: budget={self.budget} is neither a whole number of tokens nor a share up to 1.")
         if isinstance(self.budget, int) and self.budget < self.least:
             block = "block_q" if self.block_q else f"{self.least_block} queries"
             raise ConfigError(
@@ -107,7 +106,7 @@ class DhsaConfig(MethodConfig):
 
 
 @register_method
-class Dhsa(Method):
+class Dhsa(Method[DhsaConfig]):
     """Chunks keys at found boundaries, scores chunks by pooled queries, shows each query block its best N_b tokens.
 
     arXiv 2510.24606 (ICML 2026). As in the paper: variable chunks, sqrt(len) * mean(k) as their representation,
@@ -116,7 +115,6 @@ class Dhsa(Method):
     kept, batches, sparse decode. Query blocks have a fixed size there and here; the paper chunks queries as keys.
     """
 
-    config_class = DhsaConfig
     summary = "variable key chunks, token budget per query block"
     paper = "https://arxiv.org/abs/2510.24606"
     stateful = True
@@ -129,14 +127,13 @@ class Dhsa(Method):
 
     def __init__(self, config: DhsaConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.settings = s = config
-        self.acts_in = frozenset({"prefill", "decode"} if s.phase == "both" else {s.phase})
-        tiled = s.boundaries == "fixed" and s.chunk <= s.local + s.least_block and s.score != "bands"
+        tiled = config.boundaries == "fixed" and config.chunk <= config.local + config.least_block
+        tiled = tiled and config.score != "bands"
         self.causality = "tile" if tiled else "no"
         self.predictor: BoundaryPredictor | None = None
         self.watch: Callable[[AttentionCall, Selection | None], None] | None = None
         self.rotary = Rotary()
-        self.needs = frozenset({"forward"} if s.layer_sharing != "none" else ())
+        self.needs = frozenset({"forward"} if config.layer_sharing != "none" else ())
         self._leader: dict[int, int] = {}
         self._counts: dict[int, tuple[Tensor, int]] = {}
 
@@ -146,7 +143,7 @@ class Dhsa(Method):
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         """Load the predictor and settle which layer shares with which. Raises ConfigError."""
-        s = self.settings
+        s = self.config
         self.predictor = BoundaryPredictor.of(self.given)
         if s.boundaries == "predictor" and self.predictor is None:
             if s.predictor is None:
@@ -180,7 +177,7 @@ class Dhsa(Method):
         return selection
 
     def _select(self, call: AttentionCall) -> Selection | None:
-        s = self.settings
+        s = self.config
         units = s.units(call.Lk)
         decode = call.phase == "decode"
         if call.Lk <= units * s.align or (s.phase == "prefill" and decode):
@@ -192,7 +189,7 @@ class Dhsa(Method):
         return self._choose(call, units)
 
     def _choose(self, call: AttentionCall, units: int) -> Selection | None:
-        s, a = self.settings, self.settings.align
+        s, a = self.config, self.config.align
         block = s.block(units)
         table = self._table(call, block)
         block = 1 if call.Lq == 1 else block
@@ -220,7 +217,7 @@ class Dhsa(Method):
             return 0
         places = (call.spans or {}).get("question", ())
         starts = [p[0] for p in places if p is not None]
-        tail = call.Lk - min(starts) if starts else 0 if places else self.settings.question_tokens
+        tail = call.Lk - min(starts) if starts else 0 if places else self.config.question_tokens
         return min(max(tail, 0), call.Lq)
 
     def _table(self, call: AttentionCall, block: int) -> ChunkTable:
@@ -229,7 +226,7 @@ class Dhsa(Method):
         if table is None or table.closed > call.off:
             table = ChunkTable.empty(call.k, self.rotary)
             call.state[KEY] = table
-        s, fresh = self.settings, table.closed == 0
+        s, fresh = self.config, table.closed == 0
         if call.Lq >= block or (fresh and call.Lq > 1):
             self._close(table, call, call.Lk)
         elif fresh or 0 < s.close_after <= call.off - table.closed:
@@ -244,7 +241,7 @@ class Dhsa(Method):
         def find(start: int, stop: int) -> Tensor:
             key = (call.rows, start, stop)
             make = lambda: self._find(call, start, stop, stop - question - start if question else None)  # noqa: E731
-            shared = self.settings.layer_sharing == "boundaries"
+            shared = self.config.layer_sharing == "boundaries"
             return self._from_leader(call, "boundaries", key, make) if shared else make()
 
         table.close(stop, find, call.Lk)
@@ -253,7 +250,7 @@ class Dhsa(Method):
 
     def _find(self, call: AttentionCall, start: int, stop: int, forced: int | None) -> Tensor:
         """Boundary flags `[B, stop - start]` of the tokens `start .. stop`."""
-        s = self.settings
+        s = self.config
         if s.boundaries == "fixed":
             flags = cutting.fixed(call.B, start, stop, s.chunk, call.k.device)
         else:
@@ -270,7 +267,7 @@ class Dhsa(Method):
 
     def _score(self, call: AttentionCall, start: int, stop: int) -> Tensor:
         """Boundary scores `[B, stop - start]`; -inf where there are too few tokens on a side."""
-        s = self.settings
+        s = self.config
         if s.boundaries == "oracle":
             return mass_ratio(call, s.boundary_window)[:, start:stop].float().nan_to_num(-torch.inf)
         if s.boundaries == "predictor" and self.predictor is not None:

@@ -27,7 +27,7 @@ class _Watch(Method):
         self.views: dict[int, QuestionView] = {}
 
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
-        self.views[call.layer] = question_view(call.q[0], call.k[0], self.asked, call.scale, call.softcap, call.sinks)
+        self.views[call.layer] = question_view(call, 0, self.asked)
 
 
 @torch.no_grad()
