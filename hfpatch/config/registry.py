@@ -65,8 +65,8 @@ def get_method(name: str) -> type[Method]:
     if name not in _registered:
         if name in _builtin_names():
             importlib.import_module(f"{builtin_package.__name__}.{name}")
-        elif name in (found := _entry_points()):
-            register_method(found[name].load())
+        elif name in (entries := _entry_points()):
+            register_method(entries[name].load())
     if name not in _registered:
         raise UnknownMethodError(name, [*list_methods(), *list_presets()])
     return _registered[name]

@@ -79,7 +79,7 @@ def top_blocks(grid: Grid, score: Tensor, forced: Tensor, budget: Tensor) -> Blo
     """The `budget [nQ]` best visible blocks by `score [B, H, nQ, nK]`; the forced ones come first and count."""
     counts = torch.minimum(torch.maximum(budget, forced.sum(-1)), grid.visible.sum(-1))
     score = score.masked_fill(forced, torch.inf).masked_fill(~grid.visible, -torch.inf)
-    indices = score.topk(int(counts.max()), dim=-1).indices
+    indices = score.topk(int(counts.max()), dim=-1).indices  # [B, H, nQ, K]
     return BlockMap(indices, counts.expand(*score.shape[:3]), grid.block_q, grid.block_k)
 
 
@@ -87,12 +87,12 @@ def kept_blocks(grid: Grid, keep: Tensor) -> BlockMap:
     """The visible blocks of `keep [B|1, H, nQ, nK]`, in order of position."""
     keep = keep & grid.visible
     counts = keep.sum(-1)
-    order = keep.int() * grid.nk - grid.blocks.int()
+    order = keep.int() * grid.nk - grid.blocks.int()  # kept blocks first, from the left
     return BlockMap(order.topk(int(counts.max()), dim=-1).indices, counts, grid.block_q, grid.block_k)
 
 
 def within_budget(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int | float | None) -> BlockMap:
-    """The forced and kept blocks; past the budget, the kept ones with the lowest scores are dropped."""
+    """Blocks `forced [nQ, nK]` or `keep [B|1, H, nQ, nK]`; past the budget, kept ones with the lowest scores go."""
     keep = (keep | forced) & grid.visible
     if budget is None:
         return kept_blocks(grid, keep)
@@ -113,7 +113,7 @@ def top_p(weights: Tensor, p: float) -> Tensor:
 def block_means(x: Tensor, size: int) -> Tensor:
     """Means `[B, H, n, D]` in float32 over blocks of `size` tokens of `x [B, H, L, D]`; the last may be short."""
     whole = x.shape[2] // size
-    means = x[:, :, : whole * size].unflatten(2, (whole, size)).mean(3, dtype=torch.float32)
+    means = x[:, :, : whole * size].unflatten(2, (whole, size)).mean(3, dtype=torch.float32)  # [B, H, whole, D]
     if whole * size == x.shape[2]:
         return means
     return torch.cat([means, x[:, :, whole * size :].mean(2, keepdim=True, dtype=torch.float32)], dim=2)

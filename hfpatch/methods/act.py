@@ -67,12 +67,12 @@ def _read_heads(path: Path) -> list[list[int]]:
         raise ConfigError(f"act: heads={shown(str(path))} is not a readable JSON file ({error}).") from error
     pairs = data.get("heads") if isinstance(data, dict) else data
     try:
-        found: list[list[int]] = fitted(pairs, list[list[int]])
+        heads: list[list[int]] = fitted(pairs, list[list[int]])
     except (Misfit, OutOfRange):
-        found = [[]]
-    if not all(len(p) == 2 for p in found):
+        heads = [[]]
+    if not all(len(p) == 2 for p in heads):
         raise ConfigError(f"act: {path} must hold a list of [layer, head] pairs, or one under 'heads'.")
-    return found
+    return heads
 
 
 @register_method
@@ -134,7 +134,7 @@ class ACT(Method[ACTConfig]):
         keys = sink.flatten(0, 1).any(0).nonzero()[:, 0]
         if not len(keys):
             return []
-        member = torch.zeros(call.B, call.Hq, 1, len(keys), dtype=torch.bool, device=call.q.device)
+        member = torch.zeros(call.B, call.Hq, 1, len(keys), dtype=torch.bool, device=call.q.device)  # [B, Hq, 1, n]
         member[:, heads] = sink[..., keys][:, :, None]
         beta = s.beta
 

@@ -105,7 +105,7 @@ class Pages:
     def bounds(self, q: Tensor) -> Tensor:
         """Upper bounds `[B, Hq, n]` in float32 of `q [B, Hq, D]` times any key of each page."""
         n = -(-self.length // self.size)
-        q = q.float().unflatten(1, (self.low.shape[1], -1))
+        q = q.float().unflatten(1, (self.low.shape[1], -1))  # [B, Hkv, G, D]
         low, high = self.low[:, :, :n].float(), self.high[:, :, :n].float()
         return (q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT).flatten(1, 2)
 

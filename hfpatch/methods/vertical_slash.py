@@ -142,7 +142,7 @@ def crossed(bands: Tensor, grid: Grid) -> Tensor:
     stop = (start + grid.block_k).clamp(max=grid.at.Lk) - 1
     low = ((grid.first[:, None] - stop) // grid.block_k).clamp(min=0)
     high = ((grid.last[:, None] - start) // grid.block_k + 1).clamp(min=0)
-    before = pad(bands.int().cumsum(-1), [1, 0])
+    before = pad(bands.int().cumsum(-1), [1, 0])  # [B, H, nK + 1]
     return before[..., high] > before[..., low.minimum(high)]
 
 

@@ -96,12 +96,12 @@ class Flux(Method[FluxConfig]):
         return isinstance(c, Streaming) and c.config.phase == "both" and not c.config.last_queries
 
     def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
-        found = {"ranking": Learned((sizes.layers,))}
+        takes = {"ranking": Learned((sizes.layers,))}
         shapes = router_shapes(sizes.query_dim)
         for n in range(sizes.layers):
             names = {f"layer.{n}.{name}": shape for name, shape in shapes.items()}
-            found |= {name: Learned(shape, along=tuple(names)) for name, shape in names.items()}
-        return found
+            takes |= {name: Learned(shape, along=tuple(names)) for name, shape in names.items()}
+        return takes
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         check_given([self.child], model)

@@ -77,13 +77,13 @@ class Gated(Method[GatedConfig]):
         heads, wide = sizes.heads, sizes.heads and sizes.value_dim and sizes.heads * sizes.value_dim
         if self.config.form == "constant":
             return {f"layers.{n}.constant": Learned((heads,)) for n in range(sizes.layers)}
-        found: dict[str, Learned] = {}
+        takes: dict[str, Learned] = {}
         for n in range(sizes.layers):
             weight = f"layers.{n}.weight"
             rows = self.given[weight].shape[:1] if weight in self.given else (None,)
-            found[weight] = Learned((heads, sizes.hidden), (wide, sizes.hidden))
-            found[f"layers.{n}.bias"] = Learned(tuple(rows), along=(weight,))
-        return found
+            takes[weight] = Learned((heads, sizes.hidden), (wide, sizes.hidden))
+            takes[f"layers.{n}.bias"] = Learned(tuple(rows), along=(weight,))
+        return takes
 
     def pick(self, layers: list[int]) -> list[int]:
         return [n for n in layers if n in self.gates] if self.loaded else layers
