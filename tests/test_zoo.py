@@ -255,7 +255,7 @@ def test_near_twins_run_methods_of_every_kind(name: str) -> None:
     methods = [made(case) for case in sample_of(zoo.SUPPORTED[name])]
     assert {"dense", "streaming"} <= {m.name for m in methods}
     assert any(m.causality == "tile" for m in methods) and any(m.stateful for m in methods)
-    assert any("regroup" in m.points() for m in methods)
+    assert any("reweight" in m.points() for m in methods)
 
 
 def made(case: MethodCase) -> Method:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfpatch import PatchConfig, get_method, list_methods
+from hfpatch.config.old_names import unwarned
 from hfpatch.errors import HfpatchError
 from hfpatch.files.located import Located, Where
 
@@ -39,8 +40,9 @@ def all_variants(found: Located, notes: list[str]) -> list[Variant]:
     model = load_skeleton(found.data["model"])
     variants = [Variant(DENSE)]
     settings = found.data.get("settings", {})
-    for name, own in settings.items():
-        checked_config(found, ("settings", name), ("settings", name), name, own)
+    with unwarned():
+        for name, own in settings.items():
+            checked_config(found, ("settings", name), ("settings", name), name, own)
     for name in list_methods():
         if get_method(name).trained:
             notes.append(f"{name} is left out: it needs training.")
@@ -83,7 +85,8 @@ def _from_patch(found: Located, where: Where, entry: dict[str, Any]) -> Variant:
     settings = entry.get("settings", {})
     plain = entry["patch"].replace("_", "").replace("-", "").isalnum()
     if plain:
-        checked_config(found, (*where, "patch"), (*where, "settings"), entry["patch"], settings)
+        with unwarned():
+            checked_config(found, (*where, "patch"), (*where, "settings"), entry["patch"], settings)
     try:
         made = parse_variants([entry["patch"]], settings)[1]
     except HfpatchError as error:

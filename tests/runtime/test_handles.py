@@ -21,7 +21,8 @@ from hfpatch.runtime.injection import RUNTIME
 
 STREAMING: dict[str, Any] = {"method": "streaming", "sink": 2, "window": 8}
 SHARED: dict[str, Any] = {
-    "method": "dhsa", "share": "selection", "budget": 24, "sink": 2, "local": 4, "block_q": 4, "question_tokens": 0,
+    "method": "dhsa", "layer_sharing": "selection", "budget": 24, "sink": 2, "local": 4, "block_q": 4,
+    "question_tokens": 0,
 }  # fmt: skip
 QUERIES: dict[str, Any] = {"method": "flux", "sparse_layers": "0-"}
 
