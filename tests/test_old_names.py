@@ -13,6 +13,7 @@ import zoo
 from hfpatch.evals.recipe.build import build_run
 from hfpatch.evals.recipe.recipe import find_recipe, list_recipes, load_recipe
 from hfpatch.evals.run.variants import parse_settings, parse_variants
+from methods_list import METHODS, MethodCase
 
 from hfpatch import ConfigError, PatchConfig, get_method, list_methods, patched
 from hfpatch.config.old_names import old_names
@@ -181,3 +182,20 @@ def test_errors_name_new_settings_only() -> None:
 def test_the_signature_is_the_constructor_s() -> None:
     names = inspect.signature(get_method("xattention").config_class).parameters
     assert "top_p" in names and "mass" not in names and "settings" not in names
+
+
+SAVED = json.loads((Path(__file__).parent / "saved_by_0_1_0.json").read_text())
+"""Files that 0.1.0 wrote for the settings of the list, by the names of its cases."""
+
+
+@pytest.mark.parametrize("case", [c for c in METHODS if str(c) in SAVED], ids=str)
+def test_what_the_last_version_saved_loads_as_the_same_settings(case: MethodCase, tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(SAVED[str(case)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        loaded = PatchConfig.from_pretrained(tmp_path).methods
+    assert loaded == [make_config(case.name, case.settings)]
+
+
+def test_files_of_the_last_version_cover_the_list() -> None:
+    assert {str(case) for case in METHODS} - {"gated"} <= set(SAVED)
