@@ -1,12 +1,13 @@
 # make demo   install and run the main job on the embedded model, offline
 # make test   install and run the tests
+# make coverage   the tests, and how much of each file they ran
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest test-floor models lint types wheel clean
+.PHONY: demo test coverage test-slow test-newest test-floor models schema lint types wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +20,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# the same tests, with a table of the lines that none of them ran: half as long again, so CI runs this one
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
@@ -48,6 +53,10 @@ endef
 # docs/models.md: every model type of the installed Transformers, patched and compared
 models: $(STAMP)
 	cd tests && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(abspath $(BIN))/python -m survey --all --workers $(WORKERS) --write ../docs/models.md
+
+# recipes/schema.json anew, from the settings of every kind of job
+schema: $(STAMP)
+	$(BIN)/python -c "from hfpatch.evals.recipe.schema import write; write()"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -77,10 +77,10 @@ class Curve:
         """Prompt and answer ids of one task."""
         if task == "needle":
             job = NiahJob([length], DEPTHS, self.args.samples // len(DEPTHS))
-            for sample in job.build(Loaded("embedded", self.model, self.tokenizer), length, seed=7):
+            for sample in job.samples_of(Loaded("embedded", self.model, self.tokenizer), length, seed=7):
                 head = torch.tensor(prompt_ids(self.tokenizer, sample.prompt))
-                told = self.tokenizer(f" {sample.value}", add_special_tokens=False)["input_ids"]
-                last = len(head) * (1 - sample.reached)
+                told = self.tokenizer(f" {sample.answers[0]}", add_special_tokens=False)["input_ids"]
+                last = len(head) * (1 - sample.meta["depth_reached"])
                 assert last > self.args.window, "a needle stands inside the window"
                 yield head, torch.tensor(told)
             return

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from hfpatch.evals.jobs.memory import peak_reader, trim
+from hfpatch.evals.run.peak import peak_reader, trim
 from hfpatch.evals.tasks.answers import holds
 from hfpatch.evals.tasks.stream import stream
 from hfpatch.evals.testbed import load

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hfpatch.evals.report.plots import heat_map
+from hfpatch.evals.jobs.scores import score_map
+from hfpatch.evals.report.plots import draw
 
 
 def pooled(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -25,4 +26,5 @@ def pooled(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     lines = (Path(sys.argv[1]) / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    heat_map(pooled([json.loads(x) for x in lines]), Path(sys.argv[2]), "Needles found, both haystacks")
+    found = score_map(pooled([json.loads(x) for x in lines]), "needles found")
+    draw(found, Path(sys.argv[2]), "Needles found, both haystacks")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hfpatch.evals.jobs.memory import GIVE_BACK, peak_reader, trim
+from hfpatch.evals.run.peak import GIVE_BACK, peak_reader, trim
 from hfpatch.evals.run.stats import apart, break_even, break_even_text, summarise
 from hfpatch.evals.run.variants import parse_variants
 from torch import Tensor

@@ -22,8 +22,8 @@ ROOMS = {
     "evals.generation evals.stats evals.patch_files evals.backends evals.correctness",
     "evals.jobs": "evals.bench:latency evals.memory evals.niah evals.task_job:task evals.reader_job:reader "
     "evals.lm_eval_job:lm_eval evals.perplexity_job:perplexity",
-    "evals.recipe": "evals.recipe_run:build evals.schema",
-    "evals.report": "evals.page evals.page_template evals.plots evals.more_plots evals.summary evals.tables "
+    "evals.recipe": "evals.recipe_run:build",
+    "evals.report": "evals.page evals.page_template evals.plots evals.more_plots:plots evals.summary evals.tables "
     "evals.compare",
 }
 

@@ -4,6 +4,7 @@ from .api import Patch, get_patch, patch_model, patched, unpatch_model
 from .config.method_config import MethodConfig, option
 from .config.patch_config import PatchConfig
 from .config.registry import get_method, list_methods, register_method
+from .core.block_selector import BlockConfig, BlockSelector
 from .core.call import AttentionCall
 from .core.method import Method
 from .core.report import Report
@@ -27,7 +28,9 @@ from .version import __version__
 __all__ = [
     "AlreadyPatchedError",
     "AttentionCall",
+    "BlockConfig",
     "BlockMap",
+    "BlockSelector",
     "CacheError",
     "Causal",
     "Columns",

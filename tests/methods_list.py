@@ -31,7 +31,10 @@ class MethodCase:
         return self.label or self.name
 
 
-DHSA = {"budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius": 2, "window": 2, "question_tokens": 0}
+DHSA = {
+    "budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius": 2, "boundary_window": 2,
+    "question_tokens": 0,
+}  # fmt: skip
 
 METHODS = [
     MethodCase("dense", sliding=True),
@@ -47,26 +50,41 @@ METHODS = [
     ),
     MethodCase(
         "block_topk",
-        {"min_length": 0, "block_q": 16, "block_k": 8, "budget": 24, "window": 1},
+        {"min_length": 0, "block_q": 16, "block_k": 8, "budget": 24, "window_blocks": 1},
         {"budget": 1.0},
         "tile",
     ),
     MethodCase(
         "block_topk",
-        {"min_length": 0, "block_q": 8, "block_k": 8, "mass": 0.6, "window": 1, "bands": True},
-        {"mass": 1.0},
+        {"min_length": 0, "block_q": 8, "block_k": 8, "top_p": 0.6, "window_blocks": 1, "bands": True},
+        {"top_p": 1.0},
         "no",
         label="prism",
     ),
     MethodCase(
         "flash_prefill",
-        {"min_length": 0, "block_q": 8, "block_k": 8, "alpha": 0.6, "sink": 1, "window": 1, "last_blocks": 1},
+        {
+            "min_length": 0,
+            "block_q": 8,
+            "block_k": 8,
+            "alpha": 0.6,
+            "sink_blocks": 1,
+            "window_blocks": 1,
+            "last_blocks": 1,
+        },
         {"alpha": 0.0},
         "tile",
     ),
-    MethodCase("pattern", {"block": 4, "window": 2}, {"window": 1 << 20}),
-    MethodCase("pattern", {"pattern": "power", "block": 4, "window": 1}, {"window": 1 << 20}, label="power"),
-    MethodCase("pattern", {"pattern": "s2", "block": 4, "window": 2, "stride": 2}, {"window": 1 << 20}, label="s2"),
+    MethodCase("pattern", {"block": 4, "window_blocks": 2}, {"window_blocks": 1 << 20}),
+    MethodCase(
+        "pattern", {"pattern": "power", "block": 4, "window_blocks": 1}, {"window_blocks": 1 << 20}, label="power"
+    ),
+    MethodCase(
+        "pattern",
+        {"pattern": "s2", "block": 4, "window_blocks": 2, "stride": 2},
+        {"window_blocks": 1 << 20},
+        label="s2",
+    ),
     MethodCase("quest", {"min_length": 0, "budget": 16, "page": 4}, {"budget": 1.0}, one_phase=True),
     MethodCase("dhsa", DHSA, {"budget": 1 << 20}, "no"),
     MethodCase(
@@ -74,7 +92,7 @@ METHODS = [
     ),
     MethodCase(
         "dhsa",
-        {**DHSA, "budget": 32, "align": 4, "score": "mean", "heads": "all", "share": "boundaries"},
+        {**DHSA, "budget": 32, "align": 4, "score": "mean", "head_sharing": "all", "layer_sharing": "boundaries"},
         {"budget": 1 << 20},
         "no",
         label="dhsa-aligned",
@@ -91,14 +109,22 @@ METHODS = [
     ),
     MethodCase(
         "xattention",
-        {"min_length": 0, "stride": 4, "block_q": 8, "block_k": 8, "mass": 0.6},
-        {"mass": 1.0},
+        {"min_length": 0, "stride": 4, "block_q": 8, "block_k": 8, "top_p": 0.6},
+        {"top_p": 1.0},
         "tile",
     ),
     MethodCase(
         "skip_softmax",
-        {"min_length": 0, "block_q": 8, "block_k": 8, "prefill": 0.3, "decode": 0.3, "share": "group"},
+        {"min_length": 0, "block_q": 8, "block_k": 8, "prefill": 0.3, "decode": 0.3, "head_sharing": "group"},
         {"prefill": 0.0, "decode": 0.0},
         "tile",
     ),
 ]
+
+ALWAYS = {"dense", "streaming", "block_topk", "quest", "zerotuning"}  # a block, a stateful, a reweighting method
+
+
+def sample(turn: int) -> list[MethodCase]:
+    """A sample of the list: a method of each kind, and every fifth of the others, which change with `turn`."""
+    others = [case for case in METHODS if str(case) not in ALWAYS]
+    return [case for case in METHODS if str(case) in ALWAYS or (others.index(case) + turn) % 5 == 0]

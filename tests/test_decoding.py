@@ -1,4 +1,4 @@
-"""Decode steps of every method: padded, with a static cache, after rows have moved, and with nothing remembered."""
+"""Decode steps of every method: padded, in a static cache, after rows moved, in beams, with nothing remembered."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ CASES = [
     if acts_on(tiny, case)
 ]
 REBUILT = [pair for pair in CASES if not pair.id.endswith("-act")]  # its sums over earlier queries are in no key
+SAMPLE = [
+    "streaming",
+    "block_topk",
+    "quest",
+    "dhsa-fixed",
+    "zerotuning",
+    "gated",
+]  # of beams in half precision
 every = pytest.mark.parametrize("tiny,case", CASES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -99,6 +107,36 @@ def test_rows_that_move_decode_as_if_they_had_always_stood_there(tiny: zoo.TinyM
         cache.reorder_cache(order)
         moved = decode(model, ids[order], cache, PROMPT)
         same(moved, decode(model, ids[order], prefilled(model, ids[order, :PROMPT]), PROMPT))
+
+
+@every
+@torch.no_grad()
+def test_beams_are_scored_as_rows_that_never_moved(tiny: zoo.TinyModel, case: MethodCase) -> None:
+    """Each sequence found, decoded token by token in a cache no beam has moved in, has the logits the search saw."""
+    beams_score_as_rows(model_of(tiny), case, 1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in METHODS if str(case) in SAMPLE], ids=str)
+@torch.no_grad()
+def test_beams_in_half_precision(case: MethodCase) -> None:
+    beams_score_as_rows(model_of(zoo.SUPPORTED["llama"], torch.bfloat16), case, 2e-2)
+
+
+def beams_score_as_rows(model: PreTrainedModel, case: MethodCase, tolerance: float) -> None:
+    ids, mask = zoo.left_pad(zoo.prompt(model, 2, PROMPT), [PROMPT, 34])
+    with patched(model, case.name, **case.settings) as patch:
+        found = model.generate(
+            ids, attention_mask=mask, num_beams=3, num_return_sequences=3, do_sample=False, output_logits=True,
+            max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, return_dict_in_generate=True,
+        )  # fmt: skip
+        came_from = found.beam_indices[:, : STEPS + 1]
+        assert (came_from[:, 1:] != came_from[:, :-1]).any(), "no beam has moved: another prompt, please"
+        whole = torch.cat([mask.repeat_interleave(3, 0), mask.new_ones(6, STEPS)], 1)
+        rows = found.sequences[:, :-1]
+        cache = prefilled(model, rows[:, :PROMPT], mask=whole[:, :PROMPT])
+        want = decode(model, rows, cache, PROMPT, whole)
+        assert not patch.report().fallbacks()
+    same([found.logits[n][came_from[:, n]] for n in range(1, STEPS + 1)], want, tolerance)
 
 
 @pytest.mark.parametrize("tiny,case", REBUILT)

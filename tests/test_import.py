@@ -1,4 +1,4 @@
-"""What importing costs and pulls in, and how the source is kept: file sizes, cycles, model types."""
+"""What importing pulls in, and how the source is kept: file sizes, cycles, model types."""
 
 import ast
 import json
@@ -7,39 +7,34 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["lm_eval", "datasets", "matplotlib", "triton", "accelerate", "typer", "rich", "yaml", "flash_attn"]
-LIMIT_LINES, LIMIT_SECONDS = 300, 0.3
+LIMIT_LINES = 300
 SOURCES = sorted(p for folder in ("hfpatch", "evals") for p in (ROOT / folder).rglob("*.py"))
 
 PROBE = """
-import json, sys, time
+import json, sys
 import torch
 from transformers import PreTrainedModel
 before = set(sys.modules)
-start = time.perf_counter(), time.process_time()
 import hfpatch
 names = [getattr(hfpatch, name) for name in hfpatch.__all__]
-seconds = min(time.perf_counter() - start[0], time.process_time() - start[1])
-print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before)}))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
 @cache
-def probe(attempt: int) -> dict[str, Any]:
-    """What a fresh interpreter loads and how long it takes, on top of torch and Transformers' models."""
+def probe() -> list[str]:
+    """What a fresh interpreter loads on top of torch and Transformers' models."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_import_pulls_in_nothing_heavy() -> None:
-    new = {name.split(".")[0] for name in probe(0)["new"]}
+    new = {name.split(".")[0] for name in probe()}
     assert not new & set(HEAVY)
-    assert not [n for n in probe(0)["new"] if n.startswith(("hfpatch.evals", "hfpatch.integrations", "hfpatch.cli"))]
+    assert not [n for n in probe() if n.startswith(("hfpatch.evals", "hfpatch.integrations", "hfpatch.cli"))]
 
 
 def test_names_are_loaded_when_asked_for() -> None:
@@ -49,16 +44,6 @@ def test_names_are_loaded_when_asked_for() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False True\nTrue hfpatch.config True False\n"
-
-
-def test_import_is_fast() -> None:
-    """The best of up to three interpreters, waiting for the processor left out: a busy machine may spoil some."""
-    seconds = []
-    for attempt in range(3):
-        seconds.append(probe(attempt)["seconds"])
-        if min(seconds) < LIMIT_SECONDS:
-            return
-    pytest.fail(f"import hfpatch takes {min(seconds):.2f} s, allowed are {LIMIT_SECONDS} s")
 
 
 def test_no_file_is_too_long() -> None:

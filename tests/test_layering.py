@@ -33,8 +33,9 @@ LATE = {  # within functions, once a command has been given
     ("calibrate", "evals"), ("integrations", "evals"), ("drives", "methods"),
 }  # fmt: skip
 EVALS = {
-    "errors": set(), "tasks": {"errors", "testbed"}, "testbed": set(), "run": {"errors", "jobs", "recipe", "testbed"},
-    "jobs": {"errors", "run", "tasks"}, "recipe": {"errors", "jobs", "run", "tasks"}, "report": {"errors", "run"},
+    "errors": set(), "schema": set(), "tasks": {"errors", "testbed"}, "testbed": set(),
+    "run": {"errors", "schema", "testbed"}, "jobs": {"errors", "run", "tasks"},
+    "recipe": {"errors", "jobs", "run", "schema"}, "report": {"errors", "jobs", "run", "schema"},
     "demo": {"jobs", "run"}, "": set(),
 }  # fmt: skip
 

@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from methods_list import METHODS, MethodCase
+from test_invariants import sample_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hfpatch import Method, patched
 
 LENGTH = 63
 SHORT = 40
@@ -242,3 +246,23 @@ def test_prompts_are_seeded_and_plain() -> None:
     assert torch.equal(ids, zoo.prompt(model, 4, 200, seed=3))
     assert not torch.equal(ids, zoo.prompt(model, 4, 200, seed=4))
     assert ids.min() >= zoo.FIRST_PLAIN_ID and ids.max() < zoo.VOCAB
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.NEAR_TWINS if name in zoo.SUPPORTED])
+def test_near_twins_run_methods_of_every_kind(name: str) -> None:
+    of, why = zoo.NEAR_TWINS[name]
+    assert of in zoo.SUPPORTED and of not in zoo.NEAR_TWINS and why
+    methods = [made(case) for case in sample_of(zoo.SUPPORTED[name])]
+    assert {"dense", "streaming"} <= {m.name for m in methods}
+    assert any(m.causality == "tile" for m in methods) and any(m.stateful for m in methods)
+    assert any("reweight" in m.points() for m in methods)
+
+
+def made(case: MethodCase) -> Method:
+    with patched(built("llama"), case.name, **case.settings) as patch:
+        return patch.methods[0]
+
+
+def test_every_method_runs_on_some_near_twin() -> None:
+    ran = {str(case) for name in zoo.NEAR_TWINS if name in zoo.SUPPORTED for case in sample_of(zoo.SUPPORTED[name])}
+    assert ran == {str(case) for case in METHODS}

@@ -299,6 +299,20 @@ SUPPORTED: dict[str, TinyModel] = {
     for tiny in _plain_models() + _sliding_models() + _hybrid_models() + _vision_models()
     if tiny.since <= RELEASE
 }
+# Same attention code as another of the list, by which it is run with all methods: these run a sample, all if slow.
+NEAR_TWINS: dict[str, tuple[str, str]] = {
+    "llama-mha": ("llama", "Llama's attention with a key head per query head, as gpt2 has"),
+    "qwen2": ("llama", "Llama's attention with a bias on the projections"),
+    "qwen3_moe": ("qwen3", "Qwen3's attention; the experts come after it"),
+    "mistral-full": ("llama", "Llama's attention once no window is set"),
+    "granite": ("llama", "Llama's attention with a scale of its own, as gemma2 has"),
+    "olmo2": ("qwen3", "norms on queries and keys before RoPE, over all heads instead of each"),
+    "smollm3": ("llama", "Llama's attention, in one layer without RoPE"),
+    "codegen": ("gptj", "GPT-J's attention behind one fused projection"),
+    "cohere2": ("gemma3_text", "sliding and full layers in turn, without norms on queries and keys"),
+    "llava": ("llama", "Llama as the text decoder"),
+    "gemma3": ("gemma3_text", "the same text decoder"),
+}
 REFUSED: dict[str, TinyModel] = {tiny.name: tiny for tiny in _refused_models() if tiny.name not in SUPPORTED}
 
 

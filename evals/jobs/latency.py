@@ -1,59 +1,92 @@
 """Latency against dense in one run: time to the first token, time per further token, tokens per second."""
 
-import gc
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..run.backends import other_backends
-from ..run.cells import Cell, CellResult, Data, Session
+from ..run.cells import Cell, CellResult, Data, Session, Work
 from ..run.correctness import check_variant
-from ..run.generation import generate_tokens, text_ids
-from ..run.models import Loaded, check_length
+from ..run.generation import text_ids
+from ..run.models import check_length
 from ..run.results import load_average
-from ..run.stats import apart, break_even, summarise
+from ..run.stats import apart, break_even, break_even_text, spread_text, summarise, tokens
+from ..run.timing import time_once
 from ..run.variants import DENSE, Variant
+from .base import COUNT, FLAG, LENGTHS, NUMBER, POSITIVE, TEXT, Job, keys, setting
+from .registry import register_job
+from .scores import attended
+from .view import (
+    SECONDS,
+    Answer,
+    Aspect,
+    Bar,
+    Bars,
+    Lines,
+    Number,
+    Panel,
+    Row,
+    Series,
+    Table,
+    TableCell,
+    View,
+    heading,
+    is_clear,
+    lengths_of,
+    names_of,
+    new_lengths,
+    of_variant,
+    ratio,
+    tone,
+)
+
+PHASES = {"ttft": "prefill", "tpot": "decoding"}
+MOST_LINES = 8  # variants; more are drawn as bars
+SPEED = "Speed: how many times as fast as dense at the longest prompts; below 1 it is slower, ~ is within the noise."
+SPREAD = keys(median=NUMBER, low=NUMBER, high=NUMBER)
 
 
-class Stopwatch:
-    """A streamer that notes when each token has reached the host."""
+def _aspect(name: str, does: str, verb: str) -> Aspect:
+    def says(own: float, dense: float, clear: bool) -> str:
+        return f"{does} {own:.2f} times as fast" if clear else f"{does} about as fast (the spreads overlap)"
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt, then with every token, already copied to the host."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called after the last token."""
+    return Aspect(name, SPEED, ratio, says, f"{verb} clearly faster than dense", longest=True)
 
 
-def time_once(loaded: Loaded, ids: torch.Tensor, decode_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token and per further token, of one `generate` call on `ids [1, L]`."""
-    gc.collect()
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize()
-    watch = Stopwatch()
-    start = time.perf_counter()
-    generate_tokens(loaded, ids, decode_tokens + 1, watch)
-    _, first, *rest = watch.times
-    return first - start, (rest[-1] - first) / len(rest)
+ASPECTS = {
+    "ttft": _aspect("prefill speed", "prefills", "prefill"), "tpot": _aspect("decoding speed", "decodes", "decode"),
+}  # fmt: skip
 
 
+@register_job
 @dataclass(frozen=True)
-class LatencyJob:
+class LatencyJob(Job):
     """Settings of a latency measurement: prompt lengths and decoded tokens, repeats per variant."""
 
-    lengths: Sequence[int]
-    decode_tokens: int = 32
-    repeats: int = 4
-    warmup: int = 1
+    kind = "latency"
+    about = "Time to the first and to every further token, interleaved with dense."
+    group = "measure"
+    timed = True
+    row = attended(
+        length=POSITIVE, ttft=SPREAD, tpot=SPREAD, ttft_speedup=NUMBER, tpot_speedup=NUMBER, ttft_clear=FLAG,
+        tpot_clear=FLAG, tokens_per_second=NUMBER, load_before={"type": ["number", "null"]},
+    )  # fmt: skip
+    entry = keys(
+        settings=keys(repeats=POSITIVE),
+        break_even={
+            "type": "array",
+            "items": keys(
+                variant=TEXT, measure={"enum": list(PHASES)},
+                relation={"enum": ["about", "at most", "after", "above"]}, length=POSITIVE,
+            ),
+        },
+    )  # fmt: skip
+
+    lengths: Sequence[int] = setting(LENGTHS)
+    decode_tokens: int = setting(COUNT, 32)
+    repeats: int = setting(COUNT, 4)
+    warmup: int = setting({"type": "integer", "minimum": 0, "maximum": 1000000}, 1)
     label: str = "latency"
-    kind: str = "latency"
 
     def cells(self, variants: Sequence[Variant]) -> list[Cell]:
         """One cell per length, in which the variants take turns."""
@@ -63,17 +96,13 @@ class LatencyJob:
         """Generate calls."""
         return self.repeats * len(variants)
 
-    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
-        """Prompts, new tokens for each, and prompts at a time."""
-        calls = self.repeats + self.warmup + 1
-        return calls * len(variants), self.decode_tokens, 1
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> Work | None:
+        """All repeats, the warm-up and the check of the executors."""
+        return Work((self.repeats + self.warmup + 1) * len(variants), self.decode_tokens)
 
     def settings(self) -> Data:
-        """Arguments as plain data."""
-        return {
-            "lengths": list(self.lengths), "decode_tokens": self.decode_tokens, "repeats": self.repeats,
-            "warmup": self.warmup, "order": "interleaved, reversed and rotated",
-        }  # fmt: skip
+        """The settings, and the order of the runs."""
+        return {**super().settings(), "order": "interleaved, reversed and rotated"}
 
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Check the executors, which warms patched variants up once, warm up, then time all in turns.
@@ -110,6 +139,32 @@ class LatencyJob:
     def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
         """One row per length and variant."""
         return [{"length": cell.length, **row} for cell, data in done.items() for row in data["rows"]]
+
+    def more(self, rows: Sequence[Data]) -> Data:
+        """From which length on each variant is faster."""
+        return {"break_even": break_evens(rows)}
+
+    @classmethod
+    def view(cls, entry: Data, decode_only: Collection[str] = ()) -> View:
+        """Times with their spread and the ratio to dense, then the break-even lengths."""
+        rows = sorted(entry["rows"], key=lambda r: r["length"])
+        body = [
+            [
+                r["variant"], TableCell(tokens(r["length"]), f"{r['density_prefill']:.0%}, {r['density_decode']:.0%}"),
+                _time(r, "ttft"), _time(r, "tpot", f", {r['tokens_per_second']:.0f}/s"),
+            ]
+            for r in rows
+        ]  # fmt: skip
+        title = f"median (spread) over {entry['settings']['repeats']} interleaved runs"
+        header = ["variant", "prompt", "to first token", "per further token"]
+        return View(
+            heading("Latency", entry),
+            "Seconds until the first token (the prefill) and per further token (decoding), median over interleaved "
+            "runs; bars show the spread. Compare numbers within this page only.",
+            Table(title, header, body, new_lengths(rows)), _plot(rows),
+            [n for r in rows for n in (_number(r, "ttft", "to first token"), _number(r, "tpot", "per token"))],
+            _notes(rows, entry["break_even"]), [a for r in rows for a in _answers(r)],
+        )  # fmt: skip
 
 
 def turn_order(variants: Sequence[Variant], turn: int) -> list[Variant]:
@@ -157,3 +212,58 @@ def break_evens(rows: Sequence[Data]) -> list[Data]:
             clear = {r["length"] for r in own if r[f"{measure}_clear"]}
             found.append({"variant": name, "measure": measure, **break_even(speedups, clear)})
     return found
+
+
+def _time(row: Row, measure: str, more: str = "") -> TableCell:
+    speedup, clear = row[f"{measure}_speedup"], is_clear(row, measure)
+    return TableCell(
+        spread_text(row[measure]), f"{ratio(speedup, clear)} x dense{more}", tone(speedup) if clear else ""
+    )
+
+
+def _number(row: Row, measure: str, what: str) -> Number:
+    found = row[measure]
+    length = tokens(row["length"])
+    return Number(what, row["variant"], length, found["median"], SECONDS, found["low"], found["high"])
+
+
+def _answers(row: Row) -> list[Answer]:
+    return [
+        Answer(aspect, row["variant"], float(row[f"{m}_speedup"]), row["length"], is_clear(row, m))
+        for m, aspect in ASPECTS.items()
+    ]
+
+
+def _notes(rows: Sequence[Row], found: Sequence[Row]) -> list[str]:
+    told = [
+        "x dense: how many times as fast as dense in this run, ~ where their spreads overlap. Beside the prompt: keys "
+        "attended in the prefill, in decoding."
+    ]
+    told += [f"{b['variant']}: {PHASES[b['measure']]} is {break_even_text(b)}." for b in found]
+    loads = [r["load_before"] for r in rows if r["load_before"] is not None]
+    return [*told, f"Load average while measuring: {min(loads):.1f} to {max(loads):.1f}."] if loads else told
+
+
+def _plot(rows: Sequence[Row]) -> Lines | Bars:
+    names, lengths = names_of(rows), lengths_of(rows)
+    speed = "speed relative to dense (above 1: faster)"
+    if len(names) > MOST_LINES:
+        last = [r for r in rows if r["length"] == lengths[-1] and r["variant"] != DENSE]
+        titles = {"ttft": "to the first token", "tpot": "per further token"}
+        groups = {t: [Bar(r["variant"], r[f"{m}_speedup"]) for r in last] for m, t in titles.items()}
+        return Bars(groups, speed, ".2f", 1, f", prompts of {tokens(lengths[-1])} tokens")
+    times: dict[str, list[Series]] = {"ttft": [], "tpot": []}
+    ratios = []
+    for name in names:
+        own = of_variant(rows, name)
+        x = [r["length"] for r in own]
+        for measure, unit in (("ttft", 1), ("tpot", 1000)):
+            y, low, high = ([r[measure][k] * unit for r in own] for k in ("median", "low", "high"))
+            times[measure].append(Series(name, x, y, low, high))
+            if name != DENSE:
+                ratios.append(Series(name, x, [r[f"{measure}_speedup"] for r in own], dashed=measure == "tpot"))
+    return Lines([
+        Panel(times["ttft"], "time to first token (s)", log=True),
+        Panel(times["tpot"], "time per further token (ms)", log=True),
+        Panel(ratios, speed, baseline=1, styles=("to first token", "per further token")),
+    ])  # fmt: skip

@@ -1,43 +1,38 @@
 """Tasks of lm-eval under every variant, by its own harness."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EvaluationError
 from ..run.cells import Cell, CellResult, Data, Session
 from ..run.variants import Variant
+from .base import COUNT, FIGURE, TEXT, WHOLE, Job, setting
+from .registry import register_job
+from .scores import attended, score_answers
+from .view import SHARE, Bar, Bars, Number, Table, View, heading
+
+NAMES = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"type": "string", "minLength": 1}}
 
 
+@register_job
 @dataclass(frozen=True)
-class LmEvalJob:
+class LmEvalJob(Job):
     """Settings: task names, samples per task (all when None), batch size, metadata for the tasks."""
 
-    tasks: Sequence[str]
-    limit: int | None = None
-    batch_size: int = 1
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    kind = "lm-eval"
+    about = "Tasks of lm-eval by name, its own and those shipped with hfpatch."
+    row = attended(task=TEXT, metric=TEXT, score=FIGURE, samples=WHOLE)
+
+    tasks: Sequence[str] = setting(NAMES)
+    limit: int | None = setting(COUNT, None, "Samples per task; all when left out.")
+    batch_size: int = setting(COUNT, 1)
+    metadata: Mapping[str, Any] = setting({"type": "object"}, {}, "Handed to the tasks, such as max_seq_lengths.")
     label: str = "lm-eval"
-    kind: str = "lm-eval"
 
     def cells(self, variants: Sequence[Variant]) -> list[Cell]:
         """One cell per task and variant."""
         return [Cell(f"{self.label}/{task}", v.name, 0) for task in self.tasks for v in variants]
-
-    def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
-        """One harness run."""
-        return 1
-
-    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
-        """Prompts, new tokens for each, and prompts at a time."""
-        return None
-
-    def settings(self) -> Data:
-        """Arguments as plain data."""
-        return {
-            "tasks": list(self.tasks), "limit": self.limit, "batch_size": self.batch_size,
-            "metadata": dict(self.metadata),
-        }  # fmt: skip
 
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Run one task under one variant."""
@@ -78,3 +73,18 @@ class LmEvalJob:
     def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
         """One row per task and variant."""
         return [{"variant": c.variant, **d} for c, d in done.items()]
+
+    @classmethod
+    def view(cls, entry: Data, decode_only: Collection[str] = ()) -> View:
+        """Scores by task."""
+        rows = entry["rows"]
+        groups: dict[str, list[Bar]] = {}
+        for r in rows:
+            groups.setdefault(r["task"], []).append(Bar(r["variant"], r["score"]))
+        body = [[r["task"], r["variant"], f"{r['score']:.4f}", r["metric"], str(r["samples"])] for r in rows]
+        return View(
+            heading("lm-eval", entry), "Scores as lm-eval's own harness computes them.",
+            Table("scores", ["task", "variant", "score", "metric", "samples"], body), Bars(groups, "score"),
+            [Number("score", r["variant"], r["task"], r["score"], SHARE) for r in rows],
+            answers=score_answers(rows, decode_only),
+        )  # fmt: skip

@@ -1,16 +1,12 @@
 """Peak memory above the loaded model: the allocator's on CUDA, a fresh child process' resident set on a CPU."""
 
-import contextlib
-import ctypes
-import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,41 +14,63 @@ import torch
 from hfpatch import PatchConfig
 
 from ..errors import EvaluationError
-from ..run.cells import Cell, CellResult, Data, Session
+from ..run.cells import Cell, CellResult, Data, Session, Work
 from ..run.generation import generate_tokens, text_ids
 from ..run.models import Loaded, check_positions, load_model, pick_device
+from ..run.peak import GIVE_BACK, PeakReader, peak_reader, trim
+from ..run.stats import GIB, memory_text, tokens
+from ..run.timing import Stopwatch
 from ..run.variants import Variant
-from .latency import Stopwatch
+from .base import COUNT, LENGTHS, NUMBER, POSITIVE, TEXT, Job, keys, setting
+from .registry import register_job
+from .view import (
+    BYTES,
+    Answer,
+    Aspect,
+    Lines,
+    Number,
+    Panel,
+    Row,
+    Series,
+    Table,
+    TableCell,
+    View,
+    heading,
+    names_of,
+    new_lengths,
+    of_variant,
+    ratio,
+    tone,
+)
 
 WARMUP = 4096  # tokens of the call before the measured one, in which patches act, so that their code is loaded
-# Freed tensors and the scratch of matrix products leave the resident set: it counts what is alive, as on a GPU.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MKL_DISABLE_FAST_MM": "1"}
+ASPECT = Aspect(
+    "memory", "Memory: peak on top of the loaded model, relative to dense.", ratio,
+    lambda own, dense, clear: f"needs {own:.2f} times the memory on top of the model",
+    "need less memory on top of the model", more_is_better=False, longest=True,
+)  # fmt: skip
 
 
+@register_job
 @dataclass(frozen=True)
-class MemoryJob:
+class MemoryJob(Job):
     """Settings of a memory measurement: prompt lengths and decoded tokens."""
 
-    lengths: Sequence[int]
-    decode_tokens: int = 8
+    kind = "memory"
+    about = "Peak memory above the loaded model."
+    group = "measure"
+    timed = True
+    row = keys(
+        variant=TEXT, length=POSITIVE, peak=NUMBER, peak_prefill=NUMBER, peak_decode=NUMBER, ratio=NUMBER, how=TEXT
+    )
+
+    lengths: Sequence[int] = setting(LENGTHS)
+    decode_tokens: int = setting(COUNT, 8)
     label: str = "memory"
-    kind: str = "memory"
 
-    def cells(self, variants: Sequence[Variant]) -> list[Cell]:
-        """One cell per length and variant."""
-        return [Cell(self.label, v.name, n) for n in sorted(self.lengths) for v in variants]
-
-    def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
-        """One measurement."""
-        return 1
-
-    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
-        """Prompts, new tokens for each, and prompts at a time."""
-        return 1, self.decode_tokens, 1
-
-    def settings(self) -> Data:
-        """Arguments as plain data."""
-        return {"lengths": list(self.lengths), "decode_tokens": self.decode_tokens}
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> Work | None:
+        """One prompt, on a CPU in a process of its own."""
+        return Work(1, self.decode_tokens, own_process=True)
 
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Peak bytes of prefill and of decoding, above the memory in use before the call."""
@@ -74,51 +92,37 @@ class MemoryJob:
             for c, d in done.items()
         ]
 
-
-class PeakReader:
-    """Reads and resets a high-water mark of memory, in bytes."""
-
-    def __init__(self, how: str, peak: Callable[[], int], now: Callable[[], int], reset: Callable[[], None]) -> None:
-        self.how, self.peak, self.now, self.reset = how, peak, now, reset
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").split("\n"):
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise EvaluationError(f"/proc/self/status has no {field}; memory cannot be measured on this system.")
-
-
-def trim() -> None:
-    """Give freed memory back to the system, where it can be told to."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _clear_refs() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _rusage_peak() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak_reader(device: torch.device) -> PeakReader:
-    """How peak memory is read on this device."""
-    if device.type == "cuda":
-        return PeakReader(
-            "CUDA allocator, peak allocated", lambda: torch.cuda.max_memory_allocated(device),
-            lambda: torch.cuda.memory_allocated(device), lambda: torch.cuda.reset_peak_memory_stats(device),
+    @classmethod
+    def view(cls, entry: Data, decode_only: Collection[str] = ()) -> View:
+        """Peaks in prefill and decoding, and the ratio to dense."""
+        rows = sorted(entry["rows"], key=lambda r: r["length"])
+        body = [
+            [
+                r["variant"], tokens(r["length"]), memory_text(r["peak_prefill"]), memory_text(r["peak_decode"]),
+                TableCell(ratio(r["ratio"]), tone=tone(r["ratio"], more_is_better=False)),
+            ]
+            for r in rows
+        ]  # fmt: skip
+        header = ["variant", "prompt", "prefill", "decoding", "/ dense"]
+        return View(
+            heading("Peak memory", entry),
+            "The most memory in use above the loaded model while the prompt was read and while tokens were decoded; "
+            "the key-value cache is part of it.",
+            Table("peak above the loaded model", header, body, new_lengths(rows)), _plot(rows),
+            [Number("peak", r["variant"], tokens(r["length"]), float(r["peak"]), BYTES) for r in rows],
+            [f"Measured by: {rows[0]['how']}."],
+            [Answer(ASPECT, r["variant"], float(r["ratio"]), r["length"]) for r in rows],
         )  # fmt: skip
-    try:
-        _clear_refs()
-        _status("VmHWM")
-    except OSError:
-        return PeakReader("child process, ru_maxrss", _rusage_peak, _rusage_peak, lambda: None)
-    return PeakReader("child process, VmHWM", lambda: _status("VmHWM"), lambda: _status("VmRSS"), _clear_refs)
+
+
+def _plot(rows: Sequence[Row]) -> Lines:
+    unit, name = (GIB, "GiB") if max(r["peak"] for r in rows) > GIB else (2**20, "MiB")
+    panels = []
+    for key, title in (("peak_prefill", "peak in prefill"), ("peak_decode", "peak in decoding")):
+        own = {n: of_variant(rows, n) for n in names_of(rows)}
+        lines = [Series(n, [r["length"] for r in rs], [r[key] / unit for r in rs]) for n, rs in own.items()]
+        panels.append(Panel(lines, f"above the loaded model ({name})", title, from_zero=True))
+    return Lines(panels)
 
 
 class _PhasePeaks(Stopwatch):

@@ -1,44 +1,48 @@
 """Perplexity by position under every variant."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..run.cells import Cell, CellResult, Data, Session
+from ..run.cells import Cell, CellResult, Data, Session, Work
 from ..run.models import check_length
+from ..run.stats import tokens
 from ..run.variants import Variant
 from ..tasks import PerplexityByPosition
+from .base import COUNT, FIGURE, LENGTHS, POSITIVE, TEXT, WHOLE, Job, setting
+from .registry import register_job
+from .scores import attended
+from .view import PLAIN, Answer, Aspect, Lines, Number, Panel, Row, Series, Table, View, heading, lengths_of, names_of
+
+ASPECT = Aspect(
+    "perplexity", "Perplexity: how well prose is predicted; lower is better.", lambda value: f"{value:.2f}",
+    lambda own, dense, clear: f"has a perplexity of {own:.2f} against {dense:.2f}", more_is_better=False, longest=True,
+)  # fmt: skip
+SPANS = 5  # ranges of positions in the table
 
 
+@register_job
 @dataclass(frozen=True)
-class PerplexityJob:
+class PerplexityJob(Job):
     """Settings: prompt lengths in tokens, samples per length, position ranges, and where the prose comes from."""
 
-    lengths: Sequence[int]
-    samples: int = 4
-    buckets: int = 8
-    haystack: str = "prose"
-    label: str = "perplexity"
-    kind: str = "perplexity"
+    kind = "perplexity"
+    about = "Negative log-likelihood of prose by position."
+    row = attended(length=POSITIVE, start=WHOLE, stop=WHOLE, perplexity=FIGURE)
 
-    def cells(self, variants: Sequence[Variant]) -> list[Cell]:
-        """One cell per length and variant, the short ones first."""
-        return [Cell(self.label, v.name, n) for n in sorted(self.lengths) for v in variants]
+    lengths: Sequence[int] = setting(LENGTHS)
+    samples: int = setting(COUNT, 4)
+    buckets: int = setting(COUNT, 8, "Ranges of positions.")
+    haystack: str = setting(TEXT, "prose")
+    label: str = "perplexity"
 
     def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
         """Samples."""
         return self.samples
 
-    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
-        """Prompts, new tokens for each, and prompts at a time."""
-        return self.samples, 0, 1
-
-    def settings(self) -> Data:
-        """Arguments as plain data."""
-        return {
-            "lengths": list(self.lengths), "samples": self.samples, "buckets": self.buckets,
-            "haystack": self.haystack,
-        }  # fmt: skip
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> Work | None:
+        """Every sample once, without an answer."""
+        return Work(self.samples, 0)
 
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Mean negative log-likelihood in nats per range of positions, over all samples of one length."""
@@ -75,6 +79,40 @@ class PerplexityJob:
             for c, data in done.items()
             for point in data["positions"]
         ]
+
+    @classmethod
+    def view(cls, entry: Data, decode_only: Collection[str] = ()) -> View:
+        """Perplexity by range of positions, in the longest prompts."""
+        rows, longest = entry["rows"], lengths_of(entry["rows"])[-1]
+        last = [r for r in rows if r["length"] == longest]
+        spans = sorted({(r["start"], r["stop"]) for r in last})
+        spans = spans[:: -(-len(spans) // SPANS)]
+        body, lines = [], []
+        for name in names_of(rows):
+            own = sorted((r for r in last if r["variant"] == name), key=lambda r: r["start"])
+            found = {(r["start"], r["stop"]): r["perplexity"] for r in own}
+            body.append([name, *(f"{found[s]:.2f}" if s in found else "" for s in spans)])
+            middles = [(r["start"] + r["stop"]) / 2 for r in own]
+            lines.append(Series(name, middles, [r["perplexity"] for r in own]))
+        numbers = [_number(r) for r in rows]
+        title = f"prompts of {longest} tokens"
+        return View(
+            heading("Perplexity by position", entry),
+            "How well prose is predicted early and late in the context; lower is better. A method that loses old "
+            "context stays flat where dense keeps falling.",
+            Table(title, ["variant", *(f"from {start}" for start, _ in spans)], body),
+            Lines(
+                [Panel(lines, "perplexity (lower is better)")], "position of the predicted token", lengths=False,
+                note=f", prompts of {longest} tokens",
+            ),
+            numbers,
+            answers=[Answer(ASPECT, r["variant"], float(r["perplexity"]), r["length"]) for r in rows],
+        )  # fmt: skip
+
+
+def _number(row: Row) -> Number:
+    what = f"perplexity at {row['start']} to {row['stop'] - 1}"
+    return Number(what, row["variant"], tokens(row["length"]), row["perplexity"], PLAIN)
 
 
 def _merge(samples: Sequence[Sequence[Sequence[float]]]) -> list[Data]:

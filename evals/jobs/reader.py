@@ -2,8 +2,8 @@
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
@@ -15,13 +15,19 @@ from ..errors import EvaluationError
 from ..run.cells import Cell, CellResult, Data, Session
 from ..run.generation import complete
 from ..run.models import Loaded, check_length
+from ..run.peak import peak_reader, trim
+from ..run.stats import memory_text, share, time_text, tokens
 from ..run.variants import Variant
 from ..tasks.answers import holds
 from ..tasks.layout import count_tokens
 from ..tasks.stream import stream
-from .memory import peak_reader, trim
+from .base import COUNT, DEPTHS, HAYSTACK, LENGTHS, NUMBER, POSITIVE, TEXT, Job, keys, setting
+from .registry import register_job
+from .scores import INTERVALS, bounded, by_length, interval_text, percent, score_map, score_numbers
+from .view import Row, Table, TableCell, View, heading, lengths_of, names_of
 
-FACTS = ("needle", "tracking")
+FACTS = {"enum": ["needle", "tracking"]}
+AT_MOST = {"type": "object", "additionalProperties": {"type": "integer", "minimum": 16, "maximum": 100000000}}
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,31 @@ class Question:
     index: int
 
 
+@register_job
 @dataclass(frozen=True)
-class ReaderJob:
+class ReaderJob(Job):
     """Settings: text lengths in tokens, depths in percent, samples per depth.
 
     `facts`: one "needle" at the depth, or "tracking", a chain of assignments spread over the text and followed
     backwards (`depths` then only count samples). `at_most` keeps a variant from texts longer than that; a variant
-    that does not read in chunks gets the text as one prompt.
+    that does not read in chunks gets the text as one prompt. What it takes is not estimated: a reader takes time in
+    proportion to the text, not to its square.
     """
 
-    lengths: Sequence[int]
-    depths: Sequence[float] = (0, 25, 50, 75, 100)
-    samples: int = 1
-    haystack: str = "grammar"
-    facts: str = "needle"
-    at_most: Mapping[str, int] = field(default_factory=dict)
+    kind = "reader"
+    about = "Facts in texts beyond the window; methods that read in chunks get the text as a stream."
+    row = keys(
+        variant=TEXT, length=POSITIVE, depth=NUMBER, score=NUMBER, samples=POSITIVE,
+        kept={"type": ["number", "null"]}, chunks={"type": ["integer", "null"]}, seconds=NUMBER, peak=NUMBER,
+    )  # fmt: skip
+
+    lengths: Sequence[int] = setting(LENGTHS)
+    depths: Sequence[float] = setting(DEPTHS, (0, 25, 50, 75, 100))
+    samples: int = setting(COUNT, 1, "Per length and depth.")
+    haystack: str = setting(HAYSTACK, "grammar")
+    facts: str = setting(FACTS, "needle", "One needle, or a chain of assignments all over the text.")
+    at_most: Mapping[str, int] = setting(AT_MOST, {}, "Longest text for a variant, by its name.")
     label: str = "reader"
-    kind: str = "reader"
 
     def cells(self, variants: Sequence[Variant]) -> list[Cell]:
         """One cell per length and variant, the short ones first."""
@@ -66,17 +80,6 @@ class ReaderJob:
     def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
         """Texts."""
         return len(self.depths) * self.samples
-
-    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
-        """Unknown: a reader takes time in proportion to the text, not to its square."""
-        return None
-
-    def settings(self) -> Data:
-        """Arguments as plain data."""
-        return {
-            "lengths": list(self.lengths), "depths": list(self.depths), "samples": self.samples,
-            "haystack": self.haystack, "facts": self.facts, "at_most": dict(self.at_most),
-        }  # fmt: skip
 
     def questions(self, length: int, seed: int) -> Iterator[Question]:
         """All questions of one length; the same for every variant."""
@@ -147,10 +150,43 @@ class ReaderJob:
         """One row per variant, length and depth."""
         shared = ("reads_in_chunks", "question_in_sparse_part")
         return [
-            {"variant": cell.variant, "length": cell.length, **point, **{k: data[k] for k in shared}}
+            bounded({"variant": cell.variant, "length": cell.length, **point, **{k: data[k] for k in shared}})
             for cell, data in done.items()
             for point in data["grid"]
         ]
+
+    @classmethod
+    def view(cls, entry: Data, decode_only: Collection[str] = ()) -> View:
+        """Answers found by length, and what the longest texts took."""
+        rows = entry["rows"]
+        header = ["variant", *map(tokens, lengths_of(rows)), "facts kept", "per text"]
+        return View(
+            heading("Facts beyond the window", entry),
+            "A fact is hidden at a given depth of a text that may be far longer than the model's window. A variant "
+            "that reads in chunks gets the text as a stream and answers from the sentences it kept; the others get it "
+            "as one prompt. Each square is the share of answers found.",
+            Table("answers found (all depths)", header, [_line(rows, name) for name in names_of(rows)]),
+            score_map(rows, "answers found"), score_numbers(rows),
+            [INTERVALS, "Facts kept, chunks, time and peak memory are those of the variant's longest texts."],
+        )  # fmt: skip
+
+
+def _line(rows: Sequence[Row], name: str) -> list[str | TableCell]:
+    own = [r for r in rows if r["variant"] == name]
+    last = [r for r in own if r["length"] == max(r["length"] for r in own)]
+    kept = [r["kept"] for r in last if r["kept"] is not None]
+    found: list[str | TableCell] = []
+    for length in lengths_of(rows):
+        here = [r for r in own if r["length"] == length]
+        found.append(TableCell(share(here), interval_text(*by_length(here)[name, length][1:])) if here else "")
+    return [
+        name, *found, TableCell(percent(mean(kept)) if kept else "-", _chunks(last[0]["chunks"])),
+        TableCell(time_text(mean(r["seconds"] for r in last)), memory_text(max(r["peak"] for r in last))),
+    ]  # fmt: skip
+
+
+def _chunks(number: int | None) -> str:
+    return f"{number} chunk{'s' if number > 1 else ''}" if number else ""
 
 
 def _read(

@@ -1,85 +1,189 @@
 """Tasks of `hfpatch.evals.tasks` under every variant: generated answers, scored."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from ..run.cells import Cell, CellResult, Data, Session
+from ..errors import EvaluationError
+from ..run.cells import Cell, CellResult, Data, Session, Work
 from ..run.generation import complete
-from ..run.models import check_length
+from ..run.models import Loaded, check_length
+from ..run.stats import tokens
 from ..run.variants import Variant
-from ..tasks import get_task
+from ..tasks import Sample, get_task
+from .base import COUNT, LENGTHS, NUMBER, POSITIVE, TEXT, Job, setting
+from .registry import register_job
+from .scores import (
+    attended,
+    bounded,
+    by_length,
+    score_answers,
+    score_notes,
+    score_numbers,
+    score_table,
+)
+from .view import Bar, Bars, Lines, Panel, Row, Series, View, heading, lengths_of, names_of
 
 
-@dataclass(frozen=True)
-class TaskJob:
-    """Settings of a task: prompt lengths in tokens, samples per length, the task's own options."""
+class AnswerJob(Job):
+    """Jobs that generate answers to prompts of one length, in batches, and score them."""
 
-    task: str
-    lengths: Sequence[int]
-    samples: int = 20
-    batch_size: int = 4
-    options: Mapping[str, Any] = field(default_factory=dict)
-    label: str = ""
-    kind: str = "task"
+    samples: int
+    batch_size: int
 
-    def cells(self, variants: Sequence[Variant]) -> list[Cell]:
-        """One cell per length and variant, the short ones first."""
-        return [Cell(self.label, v.name, n) for n in sorted(self.lengths) for v in variants]
+    def samples_of(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
+        """All samples of one length; the same for every variant."""
+        raise NotImplementedError
+
+    def room(self, loaded: Loaded, samples: Sequence[Sample]) -> int:
+        """New tokens an answer may take."""
+        raise NotImplementedError
+
+    def score(self, sample: Sample, output: str) -> float:
+        """How right an answer is, in [0, 1]."""
+        raise NotImplementedError
+
+    def found(self, records: Sequence[Data]) -> Data:
+        """What a cell has found, from its samples' records."""
+        return {"score": mean(r["score"] for r in records), "samples": len(records)}
+
+    def points(self, data: Data) -> Sequence[Data]:
+        """The parts of what a cell has found, a row each."""
+        return [{}]
+
+    @property
+    def asked(self) -> int:
+        """Prompts of one cell."""
+        return self.samples
 
     def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
         """Batches."""
-        return -(-self.samples // self.batch_size)
-
-    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
-        """Prompts, new tokens for each, and prompts at a time."""
-        return self.samples, get_task(self.task).max_new_tokens, self.batch_size
-
-    def settings(self) -> Data:
-        """Arguments as plain data."""
-        return {
-            "task": self.task, "lengths": list(self.lengths), "samples": self.samples, "batch_size": self.batch_size,
-            "options": dict(self.options),
-        }  # fmt: skip
+        return -(-self.asked // self.batch_size)
 
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Answer every sample of one length under one variant."""
-        loaded, variant, task = session.loaded, session.variant(cell.variant), get_task(self.task)
-        check_length(loaded, cell.length, task.max_new_tokens)
-        samples = task.samples(loaded.tokenizer, cell.length, self.samples, session.seed, **self.options)
+        loaded, variant = session.loaded, session.variant(cell.variant)
+        check_length(loaded, cell.length)
+        samples = self.samples_of(loaded, cell.length, session.seed)
+        room = self.room(loaded, samples)
+        check_length(loaded, cell.length, room)
         outputs: list[str] = []
         start = time.perf_counter()
         with variant.applied(loaded.model) as patch:
             for n in range(0, len(samples), self.batch_size):
                 prompts = [s.prompt for s in samples[n : n + self.batch_size]]
-                outputs += complete(loaded.model, loaded.tokenizer, prompts, task.max_new_tokens)
+                outputs += complete(loaded.model, loaded.tokenizer, prompts, room)
                 session.step()
             report = patch.report() if patch else None
+        seconds = time.perf_counter() - start
         inside = variant.question_in_sparse_part
         records = [
             {
                 "job": self.label, "variant": variant.name, **s.meta, "length": cell.length,
-                "tokens": s.meta.get("length"), "expected": s.answers, "output": out, "score": task.score(out, s),
-                "question_in_sparse_part": inside,
+                "tokens": s.meta.get("length"), "expected": self.expected(s), "output": out,
+                "score": self.score(s, out), "question_in_sparse_part": inside,
             }
             for s, out in zip(samples, outputs, strict=True)
         ]  # fmt: skip
         data = {
-            "score": mean(r["score"] for r in records),
-            "samples": len(records),
+            **self.found(records),
             "question_in_sparse_part": inside,
             "density_prefill": report.density("prefill") if report else 1.0,
             "density_decode": report.density("decode") if report else 1.0,
             "fallbacks": report.fallbacks() if report else {},
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
         }
         return CellResult(data, records)
 
+    def expected(self, sample: Sample) -> str | list[str]:
+        """The answer as it is recorded."""
+        return sample.answers
+
     def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
-        """One row per length and variant."""
+        """One row per length, variant and point."""
         return [
-            {"variant": c.variant, "length": c.length, **{k: v for k, v in d.items() if k != "seconds"}}
-            for c, d in done.items()
+            bounded({"variant": cell.variant, "length": cell.length, **point, **_shared(data)})
+            for cell, data in done.items()
+            for point in self.points(data)
         ]
+
+
+def _shared(data: Data) -> Data:
+    return {k: v for k, v in data.items() if k not in ("grid", "seconds")}
+
+
+@register_job
+@dataclass(frozen=True)
+class TaskJob(AnswerJob):
+    """Settings of a task: prompt lengths in tokens, samples per length, the task's own options."""
+
+    kind = "task"
+    about = "A task of hfpatch.evals.tasks: single, multi_key, multi_value, variable_tracking, ..."
+    takes_any_name = True
+    row = attended(length=POSITIVE, score=NUMBER, samples=POSITIVE)
+
+    task: str = setting(TEXT)
+    lengths: Sequence[int] = setting(LENGTHS)
+    samples: int = setting(COUNT, 20, "Per length.")
+    batch_size: int = setting(COUNT, 4)
+    options: Mapping[str, Any] = setting({"type": "object"}, {}, "The task's own settings.")
+    label: str = ""
+
+    @classmethod
+    def from_recipe(cls, name: str, settings: Data) -> Job:
+        """A job for the task of that name."""
+        return cls(name, **{"label": name, **settings})
+
+    def problem(self) -> tuple[tuple[str, ...], str] | None:
+        """A task or an option that there is not."""
+        try:
+            known = get_task(self.task).options
+        except EvaluationError as error:
+            return ("task",), str(error)
+        unknown = sorted(set(self.options) - set(known))
+        if not unknown:
+            return None
+        listed = ", ".join(sorted(known))
+        return ("options", unknown[0]), f"{self.task} has no option {unknown[0]!r}; options are {listed}."
+
+    def samples_of(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
+        """The task's samples."""
+        return get_task(self.task).samples(loaded.tokenizer, length, self.samples, seed, **self.options)
+
+    def room(self, loaded: Loaded, samples: Sequence[Sample]) -> int:
+        """As the task says."""
+        return get_task(self.task).max_new_tokens
+
+    def score(self, sample: Sample, output: str) -> float:
+        """Share of the sample's answers that are given."""
+        return get_task(self.task).score(output, sample)
+
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> Work | None:
+        """Every sample once."""
+        return Work(self.asked, get_task(self.task).max_new_tokens, self.batch_size)
+
+    @classmethod
+    def view(cls, entry: Data, decode_only: Collection[str] = ()) -> View:
+        """Scores by length."""
+        rows = entry["rows"]
+        return View(
+            heading(f"Task {entry['label']}", entry),
+            "Share of the expected answers that the generated text contains, by prompt length in tokens.",
+            score_table(rows, "score"), _plot(rows), score_numbers(rows), score_notes(rows),
+            score_answers(rows, decode_only),
+        )  # fmt: skip
+
+
+def _plot(rows: Sequence[Row]) -> Lines | Bars:
+    found, lengths = by_length(rows), lengths_of(rows)
+    if len(lengths) == 1:
+        bars = [Bar(name, *score) for (name, _), score in found.items()]
+        return Bars({"": bars}, "score", note=f", prompts of {tokens(lengths[0])} tokens")
+    lines = []
+    for name in names_of(rows):
+        own = {n: found[name, n] for n in lengths if (name, n) in found}
+        score, low, high = zip(*own.values(), strict=True)
+        lines.append(Series(name, list(own), score, low, high))
+    return Lines([Panel(lines, "score", percent=True)])

@@ -5,27 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfpatch import PatchConfig, get_method, list_methods
+from hfpatch.config.old_names import unwarned
 from hfpatch.errors import HfpatchError
 from hfpatch.files.located import Located, Where
 
-from ..jobs.latency import LatencyJob
-from ..jobs.lm_eval import LmEvalJob
-from ..jobs.memory import MemoryJob
-from ..jobs.niah import NiahJob
-from ..jobs.perplexity import PerplexityJob
-from ..jobs.reader import ReaderJob
-from ..jobs.task import TaskJob
-from ..run.cells import Job
+from ..jobs.base import Job
+from ..jobs.registry import GROUPS, named
 from ..run.models import load_skeleton
 from ..run.patch_files import checked_config
 from ..run.runner import Run
 from ..run.variants import DENSE, THROUGH, Variant, make_variant, parse_variants
-from ..tasks import get_task
-
-JOBS: dict[str, Any] = {
-    "niah": NiahJob, "reader": ReaderJob, "perplexity": PerplexityJob, "lm-eval": LmEvalJob,
-    "latency": LatencyJob, "memory": MemoryJob,
-}  # fmt: skip
 
 
 def build_run(found: Located) -> Run:
@@ -51,8 +40,9 @@ def all_variants(found: Located, notes: list[str]) -> list[Variant]:
     model = load_skeleton(found.data["model"])
     variants = [Variant(DENSE)]
     settings = found.data.get("settings", {})
-    for name, own in settings.items():
-        checked_config(found, ("settings", name), ("settings", name), name, own)
+    with unwarned():
+        for name, own in settings.items():
+            checked_config(found, ("settings", name), ("settings", name), name, own)
     for name in list_methods():
         if get_method(name).trained:
             notes.append(f"{name} is left out: it needs training.")
@@ -95,7 +85,8 @@ def _from_patch(found: Located, where: Where, entry: dict[str, Any]) -> Variant:
     settings = entry.get("settings", {})
     plain = entry["patch"].replace("_", "").replace("-", "").isalnum()
     if plain:
-        checked_config(found, (*where, "patch"), (*where, "settings"), entry["patch"], settings)
+        with unwarned():
+            checked_config(found, (*where, "patch"), (*where, "settings"), entry["patch"], settings)
     try:
         made = parse_variants([entry["patch"]], settings)[1]
     except HfpatchError as error:
@@ -108,28 +99,23 @@ def _from_patch(found: Located, where: Where, entry: dict[str, Any]) -> Variant:
 def _jobs(found: Located) -> Sequence[Job]:
     jobs: list[Job] = []
     labels: set[str] = set()
-    for group, kind in (("tasks", "task"), ("measures", "measure")):
-        for n, entry in enumerate(found.data.get(group) or []):
-            job = _job(found, (group, n), dict(entry), kind)
+    for group in GROUPS:
+        for n, entry in enumerate(found.data.get(f"{group}s") or []):
+            job = _job(found, (f"{group}s", n), dict(entry), group)
             if job.label in labels:
-                raise found.error((group, n), f"two jobs are called {job.label!r}; give one of them a 'label'.")
+                raise found.error((f"{group}s", n), f"two jobs are called {job.label!r}; give one of them a 'label'.")
             labels.add(job.label)
             jobs.append(job)
     return jobs
 
 
-def _job(found: Located, where: Where, entry: dict[str, Any], kind: str) -> Job:
-    name = entry.pop(kind)
-    if name in JOBS:
-        return JOBS[name](**entry)
-    try:
-        task = get_task(name)
-    except HfpatchError as error:
-        raise found.error((*where, kind), str(error)) from error
-    unknown = sorted(set(entry.get("options", {})) - set(task.options))
-    if unknown:
-        raise found.error(
-            (*where, "options", unknown[0]),
-            f"{name} has no option {unknown[0]!r}; options are {', '.join(sorted(task.options))}.",
-        )
-    return TaskJob(name, **{"label": name, **entry})
+def _job(found: Located, where: Where, entry: dict[str, Any], group: str) -> Job:
+    name = entry.pop(group)
+    kind = named(group, name)
+    if kind is None:
+        raise found.error((*where, group), f"there is no {group} called {name!r}.")
+    job = kind.from_recipe(name, entry)
+    if wrong := job.problem():
+        place, sentence = wrong
+        raise found.error((*where, *place), sentence)
+    return job

@@ -10,8 +10,10 @@ from typing import Any
 from hfpatch.files.located import Located, parse, read
 
 from ..errors import EvaluationError
+from ..jobs.registry import GROUPS
 from ..run.variants import parse_value
-from .schema import FOLDER, problems
+from ..schema import FOLDER, problems
+from .schema import recipe_schema
 
 
 def list_recipes() -> dict[str, str]:
@@ -49,7 +51,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Located:
 
 def validate(found: Located, *, whole: bool = True) -> None:
     """Raise FileError at the first place, from the top, where the data does not follow the schema."""
-    wrong = [(found.lines.get(where, 0), where, said) for where, said in problems("schema.json", found.data)]
+    wrong = [(found.lines.get(where, 0), where, said) for where, said in problems(recipe_schema(), found.data)]
     if wrong:
         _, where, sentence = min(wrong, key=lambda p: (p[0], [str(w) for w in p[1]]))
         if not whole:
@@ -88,10 +90,10 @@ def _steps(data: dict[str, Any], path: str) -> list[str]:
     head, *rest = path.split(".")
     if head in data or not rest:
         return [head, *rest]
-    for group, kind in (("tasks", "task"), ("measures", "measure")):
-        for n, job in enumerate(data.get(group, [])):
-            if head in (job.get("label"), job[kind]):
-                return [group, str(n), *rest]
+    for group in GROUPS:
+        for n, job in enumerate(data.get(f"{group}s", [])):
+            if head in (job.get("label"), job[group]):
+                return [f"{group}s", str(n), *rest]
     return [head, *rest]
 
 

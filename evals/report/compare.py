@@ -1,63 +1,44 @@
 """Two result folders side by side."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..run.stats import memory_text, time_text, tokens
+from ..jobs.view import Number
+from .summary import views
 
 Row = dict[str, Any]
-Values = dict[tuple[str, str, str], float]
+Values = dict[tuple[str, str, str], Number]
 
 
 def values(results: Row) -> Values:
     """Every number of a run by (job and measure, variant, prompt length or task)."""
     found: Values = {}
-    for job in results["jobs"]:
-        for what, row, value in _numbers(job):
-            at = tokens(row["length"]) if "length" in row else row["task"]
-            found[(f"{job['label']}: {what}", row["variant"], at)] = value
+    for job, view in zip(results["jobs"], views(results), strict=True):
+        for number in view.numbers:
+            found[(f"{job['label']}: {number.what}", number.variant, number.at)] = number
     return found
 
 
-def _numbers(job: Row) -> Iterator[tuple[str, Row, float]]:
-    if job["kind"] in ("niah", "reader"):
-        groups: dict[tuple[str, int], list[Row]] = {}
-        for row in job["rows"]:
-            groups.setdefault((row["variant"], row["length"]), []).append(row)
-        for rows in groups.values():
-            yield "score", rows[0], sum(r["score"] for r in rows) / len(rows)
-    for row in job["rows"]:
-        if job["kind"] in ("task", "lm-eval"):
-            yield "score", row, row["score"]
-        elif job["kind"] == "perplexity":
-            yield f"perplexity at {row['start']} to {row['stop'] - 1}", row, row["perplexity"]
-        elif job["kind"] == "latency":
-            yield "to first token", row, row["ttft"]["median"]
-            yield "per token", row, row["tpot"]["median"]
-        elif job["kind"] == "memory":
-            yield "peak", row, float(row["peak"])
-
-
-def _shown(what: str, value: float) -> str:
-    if what.endswith(("to first token", "per token")):
-        return time_text(value)
-    if what.endswith("peak"):
-        return memory_text(value)
-    return f"{value:.1%}" if what.endswith("score") else f"{value:.3f}"
-
-
-def _change(what: str, a: float, b: float) -> Text:
-    if what.endswith("score"):
-        text, better = f"{(b - a) * 100:+.1f} points", b - a
-    else:
-        text, better = (f"{(b / a - 1):+.1%}" if a else "-"), a - b
-    if a == b:
+def _change(a: Number, b: Number) -> Text:
+    """What changed, in points or percent; ~ and no colour where the spreads overlap."""
+    if a.value == b.value:
         return Text("same", style="dim")
-    return Text(text, style="green" if better > 0 else "red")
+    if a.unit.points:
+        told = f"{(b.value - a.value) * 100:+.1f} points"
+    else:
+        told = f"{(b.value / a.value - 1):+.1%}" if a.value else "-"
+    if not _apart(a, b):
+        return Text(f"~{told}", style="dim")
+    return Text(told, style="green" if (b.value > a.value) == a.unit.more_is_better else "red")
+
+
+def _apart(a: Number, b: Number) -> bool:
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return True
+    return a.high < b.low or b.high < a.low
 
 
 def differences(a: Row, b: Row) -> list[str]:
@@ -86,17 +67,18 @@ def print_comparison(a: Row, b: Row, names: tuple[str, str], console: Console, *
     for key in first:
         if key not in second:
             continue
-        if first[key] == second[key] and not everything:
+        x, y = first[key], second[key]
+        if x.value == y.value and not everything:
             same += 1
             continue
-        what, variant, at = key
-        x, y = first[key], second[key]
-        table.add_row(Text(what), Text(variant), Text(at), _shown(what, x), _shown(what, y), _change(what, x, y))
+        table.add_row(*map(Text, key), x.unit.show(x.value), y.unit.show(y.value), _change(x, y))
     if table.row_count:
         console.print(table)
     console.print(f"{same} numbers are the same in both." if same else f"{table.row_count} numbers are in both.")
     for name, own, other in ((names[0], first, second), (names[1], second, first)):
         if missing := len(set(own) - set(other)):
             console.print(f"{missing} numbers are in {name} only.", markup=False)
+    if table.row_count and any(n.low is not None for n in first.values()):
+        console.print("~ where the spreads (of shares: 95 % intervals) of both overlap", style="dim", markup=False)
     told = differences(a, b)
     console.print("made differently: " + ("; ".join(told) if told else "nothing"), style="dim", markup=False)

@@ -21,7 +21,11 @@ th, td { padding: .36rem .8rem; text-align: right; border-bottom: 1px solid var(
 th { font-weight: 600; background: var(--wash); }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 tr.rule td { border-top: 2px solid var(--line); }
-.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+caption { text-align: left; color: var(--soft); padding: 0 0 .3rem; }
+small { color: var(--soft); font-size: .82em; margin-left: .25rem; }
+.good, .good small { color: var(--good); } .bad, .bad small { color: var(--bad); }
+.good:not(:has(small)), .good small, .bad:not(:has(small)), .bad small { font-weight: 600; }
+.good:has(small), .bad:has(small) { color: inherit; }
 img { max-width: min(100%, 760px); max-height: 560px; height: auto; margin: .8rem 0; }
 img.wide { max-width: 100%; max-height: none; }
 details { margin-top: .6rem; } summary { cursor: pointer; color: var(--soft); }
@@ -38,12 +42,12 @@ TEMPLATE = """<!doctype html>
 <div class="facts">{% for name, value in facts %}<span><b>{{ name }}</b> {{ value }}</span>{% endfor %}</div>
 
 <h2>The answer</h2>
-<p class="how">Every patch was run beside <b>dense</b>, the model as it is, in the same run. Score: share of answers
-that are right. Keys attended: how much of the attention map was computed; less is faster, if the executor makes use
-of it. Speed: how many times as fast as dense at the longest prompts; below 1 it is slower,
-~ is within the noise. Memory: peak on top of
-the loaded model, relative to dense.</p>
-{{ table(headline) }}
+<p class="how">Every patch was run beside <b>dense</b>, the model as it is, in the same run.
+{% for m in meanings %}
+{{ m }}
+{% endfor %}
+</p>
+{{ table(answer) }}
 <ul class="answer">{% for s in sentences %}<li>{{ s }}</li>{% endfor %}</ul>
 {% for n in notes %}<p class="note">{{ n }}</p>{% endfor %}
 {% if density_image %}<h2>Accuracy against density</h2>
@@ -51,11 +55,11 @@ the loaded model, relative to dense.</p>
 A good method stays up while going left.</p>
 <img src="{{ density_image }}" alt="Score against the share of keys attended to">{% endif %}
 {% for s in sections %}
-<h2>{{ s.title }}</h2>
-<p class="how">{{ s.how }}</p>
-<img {% if s.wide %}class="wide" {% endif %}src="{{ s.image }}" alt="{{ s.title }}">
-{{ table(s.table) }}
-{% for line in s.lines %}<p class="note">{{ line }}</p>{% endfor %}
+<h2>{{ s.view.title }}</h2>
+<p class="how">{{ s.view.meaning }}</p>
+<img {% if s.wide %}class="wide" {% endif %}src="{{ s.image }}" alt="{{ s.view.title }}">
+{{ table(s.view.table) }}
+{% for line in s.view.notes %}<p class="note">{{ line }}</p>{% endfor %}
 {% endfor %}
 <h2>How it was made</h2>
 <p class="how">Every sample's prompt data, answer and score is in samples.jsonl, every number of this page in
@@ -66,12 +70,14 @@ results.json.</p>
 """
 
 TABLE = """<div class="scroll"><table>
+{% if t.title %}<caption>{{ t.title }}</caption>{% endif %}
 <thead><tr>{% for h in t.header %}<th>{{ h }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in t.rows %}
-<tr{% if row.rule %} class="rule"{% endif %}>
-{% for c in row.cells %}
-<td{% if c.tone %} class="{{ c.tone }}"{% endif %}>{{ c.text }}</td>
+{% for row in t.cells %}
+<tr{% if loop.index0 in t.rules %} class="rule"{% endif %}>
+{% for c in row %}
+<td{% if c.tone %} class="{{ c.tone }}"{% endif %}>{{ c.text }}
+{%- if c.small %} <small>{{ c.small }}</small>{% endif %}</td>
 {% endfor %}
 </tr>
 {% endfor %}

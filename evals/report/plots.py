@@ -1,6 +1,7 @@
-"""PNG plots of a run; colours are told apart by colour-blind readers, and markers repeat what colours say."""
+"""PNG plots of views; colours are told apart by colour-blind readers, and markers repeat what colours say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from ..run.stats import GIB, tokens
+from ..jobs.view import Bar, Bars, HeatMap, Lines, Panel, Plot, Series
+from ..run.stats import tokens
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -22,12 +24,18 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e4e4e4", "axes.axisbelow": True, "legend.frameon": False, "savefig.dpi": 140,
     "figure.constrained_layout.use": True,
 }  # fmt: skip
-Row = dict[str, Any]
+PERCENT = FuncFormatter(lambda y, _: f"{y:.0%}")
+BESIDE = 3  # groups of bars in a line
+ASIDE = 0.02  # octaves of prompt length between the variants of a plot of shares, which often coincide
 
 
-def names_of(rows: Sequence[Row]) -> list[str]:
-    """Variants in the order they come."""
-    return list(dict.fromkeys(r["variant"] for r in rows))
+def draw(plot: Plot, path: Path, title: str) -> Path:
+    """Write a plot as PNG; returns its path."""
+    style = {**STYLE, "axes.grid": not isinstance(plot, HeatMap)}
+    with plt.rc_context(style):
+        figure = _figure(plot)
+        figure.suptitle(f"{title}{plot.note}")
+        return save(figure, path)
 
 
 def look(n: int) -> dict[str, Any]:
@@ -46,38 +54,42 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def heat_map(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """Share of needles found, depth against length, one panel per variant."""
-    names = names_of(rows)
-    lengths = sorted({r["length"] for r in rows})
-    depths = sorted({r["depth"] for r in rows})
+@singledispatch
+def _figure(plot: Any) -> Figure:
+    raise TypeError(f"{type(plot).__name__} is no plot")
+
+
+@_figure.register
+def _heat_map(plot: HeatMap) -> Figure:
+    """Shares by depth and length, one panel per name."""
+    names = list(plot.panels)
+    places = {place for panel in plot.panels.values() for place in panel}
+    lengths, depths = sorted({n for _, n in places}), sorted({d for d, _ in places})
     columns = 2 if len(names) == 4 else min(len(names), 3)
     lines = -(-len(names) // columns)
     width, height = max(2.6, 0.72 * len(lengths) + 1.1), max(2.2, 0.36 * len(depths) + 1.2)
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, grid = plt.subplots(
-            lines, columns, figsize=(columns * width + 1.3, lines * height + 0.5), squeeze=False,
-            sharex=True, sharey=True,
-        )  # fmt: skip
-        axes = list(grid.flat)
-        for axis, name in zip(axes, names, strict=False):
-            _heat_panel(axis, [r for r in rows if r["variant"] == name], lengths, depths)
-            axis.set_title(_wrap(name), fontsize=10)
-        for n, axis in enumerate(axes):
-            axis.set_visible(n < len(names))
-            axis.tick_params(labelbottom=n + columns >= len(names))
-        figure.supxlabel("prompt length (tokens)")
-        figure.supylabel("needle depth (% of the haystack)")
-        figure.suptitle(title)
-        bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.9, pad=0.02, aspect=20 * max(1, lines / 1.5))
-        bar.set_label("needles found")
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-        return save(figure, path)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(columns * width + 1.3, lines * height + 0.5), squeeze=False, sharex=True, sharey=True
+    )
+    axes = list(grid.flat)
+    for axis, name in zip(axes, names, strict=False):
+        _heat_panel(axis, plot.panels[name], lengths, depths)
+        axis.set_title(_wrap(name), fontsize=10)
+    for n, axis in enumerate(axes):
+        axis.set_visible(n < len(names))
+        axis.tick_params(labelbottom=n + columns >= len(names))
+    figure.supxlabel(plot.x_label)
+    figure.supylabel(plot.y_label)
+    bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.9, pad=0.02, aspect=20 * max(1, lines / 1.5))
+    bar.set_label(plot.label)
+    bar.ax.yaxis.set_major_formatter(PERCENT)
+    return figure
 
 
-def _heat_panel(axis: Axes, rows: Sequence[Row], lengths: Sequence[int], depths: Sequence[float]) -> None:
-    score = {(r["depth"], r["length"]): r["score"] for r in rows}
-    table = [[score.get((d, n), float("nan")) for n in lengths] for d in depths]
+def _heat_panel(
+    axis: Axes, shares: Mapping[tuple[float, int], float], lengths: Sequence[int], depths: Sequence[float]
+) -> None:
+    table = [[shares.get((d, n), float("nan")) for n in lengths] for d in depths]
     axis.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for n in range(1, len(lengths)):
         axis.axvline(n - 0.5, color="white", linewidth=1)
@@ -105,101 +117,123 @@ def _wrap(name: str, width: int = 26) -> str:
     return "\n".join([*out, line])
 
 
-def length_axis(axis: Axes, lengths: Sequence[int]) -> None:
+@_figure.register
+def _lines(plot: Lines) -> Figure:
+    """Panels side by side, one legend below; a name has one colour in all of them."""
+    names = list(dict.fromkeys(s.name for panel in plot.panels for s in panel.series))
+    looks = {name: look(n) for n, name in enumerate(names)}
+    size = {1: (7.5, 4.2), 2: (9, 4.1)}.get(len(plot.panels), (4.17 * len(plot.panels), 4.1))
+    figure, grid = plt.subplots(1, len(plot.panels), figsize=size, squeeze=False)
+    for axis, panel in zip(grid.flat, plot.panels, strict=True):
+        for series in panel.series:
+            aside = names.index(series.name) - (len(names) - 1) / 2 if panel.percent and plot.lengths else 0
+            _line(axis, series, looks[series.name], [x * 2 ** (ASIDE * aside) for x in series.x])
+        _dress(axis, panel)
+        if plot.lengths:
+            _length_axis(axis, sorted({x for s in panel.series for x in s.x}))
+        axis.set_xlabel(plot.x_label)
+    columns = min(len(names), 3 if len(plot.panels) == 1 else 4)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+    return figure
+
+
+def _line(axis: Axes, series: Series, style: dict[str, Any], at: Sequence[float]) -> None:
+    style = {**style, "linestyle": "--" if series.dashed else "-", "label": series.name}
+    if not len(series.low):
+        axis.plot(at, series.y, **style)
+        return
+    down = [y - low for y, low in zip(series.y, series.low, strict=True)]
+    up = [high - y for y, high in zip(series.y, series.high, strict=True)]
+    axis.errorbar(at, series.y, yerr=[down, up], capsize=3, elinewidth=1, clip_on=False, **style)
+
+
+def _dress(axis: Axes, panel: Panel) -> None:
+    axis.set_ylabel(panel.label)
+    axis.set_title(panel.title, fontsize=10)
+    if panel.percent:
+        axis.set_ylim(-0.03, 1.05)
+        axis.yaxis.set_major_formatter(PERCENT)
+    else:
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    if panel.log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    if panel.from_zero:
+        axis.set_ylim(bottom=0)
+    if panel.baseline is not None:
+        axis.axhline(panel.baseline, color="black", linewidth=1)
+    if panel.styles:
+        handles = [axis.plot([], [], color="grey", linestyle=line)[0] for line in ("-", "--")]
+        axis.legend(handles, panel.styles, loc="best", fontsize=9)
+
+
+def _length_axis(axis: Axes, lengths: Sequence[float]) -> None:
     """Prompt lengths in tokens, on a logarithmic axis."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(list(lengths)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(round(x))))
-    axis.set_xlabel("prompt length (tokens)")
 
 
-def _plain_ticks(axis: Axes) -> None:
-    if axis.get_yscale() == "log":
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+@_figure.register
+def _bars(plot: Bars) -> Figure:
+    """Groups of horizontal bars, the first on top, up to three beside each other."""
+    columns = min(len(plot.groups), BESIDE)
+    lines = -(-len(plot.groups) // columns)
+    tallest = max(len(bars) for bars in plot.groups.values())
+    width = {1: 7.5, 2: 9.5}.get(columns, 12.5)
+    height = lines * (0.28 * tallest + 0.7) + 0.9
+    figure, grid = plt.subplots(lines, columns, figsize=(width, height), squeeze=False)
+    for n, axis in enumerate(grid.flat):
+        axis.set_visible(n < len(plot.groups))
+    for n, (axis, (title, bars)) in enumerate(zip(grid.flat, plot.groups.items(), strict=False)):
+        _bar_panel(axis, bars, plot, names=n % columns == 0)
+        axis.set_title(title, fontsize=10)
+    figure.supxlabel(plot.label, fontsize=10)
+    return figure
 
 
-def bars(values: Sequence[tuple[str, float]], axis: Axes, form: str) -> None:
-    """One horizontal bar per variant, the first on top, with its figure in the format `form`."""
-    axis.barh(range(len(values)), [v for _, v in values], color=COLOURS[1], height=0.7)
+def _bar_panel(axis: Axes, bars: Sequence[Bar], plot: Bars, *, names: bool) -> None:
+    axis.barh(range(len(bars)), [b.value for b in bars], color=COLOURS[1], height=0.7)
+    if plot.baseline is not None:
+        axis.axvline(plot.baseline, color="black", linewidth=1, zorder=0.9)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    for y, (_, value) in enumerate(values):
-        axis.annotate(
-            f"{value:{form}}", (value, y), (4, 0), textcoords="offset points", va="center", fontsize=8, bbox=box
-        )
-    axis.set_yticks(range(len(values)), [_wrap(name) for name, _ in values])
-    axis.set_ylim(len(values) - 0.4, -0.6)
+    for y, bar in enumerate(bars):
+        end = bar.value
+        if bar.low is not None and bar.high is not None:
+            error = [[bar.value - bar.low], [bar.high - bar.value]]
+            axis.errorbar(bar.value, y, xerr=error, color="black", capsize=3, elinewidth=1)
+            end = bar.high
+        text = f"{bar.value:{plot.form}}"
+        axis.annotate(text, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
+    ends = [v for b in bars for v in (b.value, b.high) if v is not None]
+    axis.set_xlim(0, 1.15 * max([1.0, *ends]))
+    axis.set_yticks(range(len(bars)), [_wrap(b.name) if names else "" for b in bars])
+    axis.set_ylim(len(bars) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
+    if plot.form.endswith("%"):
+        axis.xaxis.set_major_formatter(PERCENT)
 
 
-def _speed_bars(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """Speed relative to dense at the longest prompt: what stays readable with many variants."""
-    longest = max(r["length"] for r in rows)
-    own = [r for r in rows if r["length"] == longest and r["variant"] != rows[0]["variant"]]
+def accuracy_density(points: Mapping[str, tuple[float, float]], path: Path, title: str) -> Path:
+    """Mean score against the share of keys attended to, `variant -> (score, density)`; a method's settings joined."""
+    families: dict[str, list[tuple[float, float]]] = {}
+    for variant, (score, density) in points.items():
+        families.setdefault(variant.split(":")[0], []).append((density, score))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.28 * len(own) + 1.7), sharey=True)
-        for axis, key, what in zip(axes, ("ttft", "tpot"), ("to the first token", "per further token"), strict=True):
-            axis.axvline(1, color="black", linewidth=1, zorder=0.9)
-            bars([(r["variant"], r[f"{key}_speedup"]) for r in own], axis, ".2f")
-            axis.set_xlim(0, 1.15 * max([1.0, *(r[f"{key}_speedup"] for r in own)]))
-            axis.set_title(what, fontsize=10)
-        figure.supxlabel("speed relative to dense (above 1: faster)", fontsize=10)
-        figure.suptitle(f"{title}, prompts of {tokens(longest)} tokens")
-        return save(figure, path)
-
-
-def latency(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """Time to the first token, per further token, and both relative to dense; bars show the spread."""
-    names, lengths = names_of(rows), sorted({r["length"] for r in rows})
-    if len(names) > len(COLOURS):
-        return _speed_bars(rows, path, title)
-    panels = (("ttft", 1, "time to first token (s)"), ("tpot", 1000, "time per further token (ms)"))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.1))
-        for n, name in enumerate(names):
-            own = sorted((r for r in rows if r["variant"] == name), key=lambda r: r["length"])
-            x = [r["length"] for r in own]
-            for axis, (key, unit, _) in zip(axes, panels, strict=False):
-                y = [r[key]["median"] * unit for r in own]
-                low = [(r[key]["median"] - r[key]["low"]) * unit for r in own]
-                high = [(r[key]["high"] - r[key]["median"]) * unit for r in own]
-                axis.errorbar(x, y, yerr=[low, high], capsize=3, label=name, **look(n))
-            if n:
-                axes[2].plot(x, [r["ttft_speedup"] for r in own], **look(n))
-                axes[2].plot(x, [r["tpot_speedup"] for r in own], linestyle="--", **look(n))
-        for axis, (_, _, label) in zip(axes, panels, strict=False):
-            axis.set_yscale("log")
-            axis.set_ylabel(label)
-        axes[2].axhline(1, color="black", linewidth=1)
-        axes[2].set_ylabel("speed relative to dense (above 1: faster)")
-        axes[2].plot([], [], color="grey", label="to first token")
-        axes[2].plot([], [], color="grey", linestyle="--", label="per further token")
-        axes[2].legend(loc="best", fontsize=9)
-        for axis in axes:
-            length_axis(axis, lengths)
-            _plain_ticks(axis)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4))
-        figure.suptitle(title)
-        return save(figure, path)
-
-
-def memory(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """Peak memory above the loaded model by length, of prefill and of decoding."""
-    names, lengths = names_of(rows), sorted({r["length"] for r in rows})
-    panels = (("peak_prefill", "peak in prefill"), ("peak_decode", "peak in decoding"))
-    unit, unit_name = (GIB, "GiB") if max(r["peak"] for r in rows) > GIB else (2**20, "MiB")
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
-        for axis, (key, label) in zip(axes, panels, strict=True):
-            for n, name in enumerate(names):
-                own = sorted((r for r in rows if r["variant"] == name), key=lambda r: r["length"])
-                axis.plot([r["length"] for r in own], [r[key] / unit for r in own], label=name, **look(n))
-            axis.set_title(label, fontsize=10)
-            axis.set_ylim(bottom=0)
-            length_axis(axis, lengths)
-        axes[0].set_ylabel(f"above the loaded model ({unit_name})")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4))
+        figure, axis = plt.subplots(figsize=(7.5, 4.6))
+        for n, (family, own) in enumerate(families.items()):
+            x, y = zip(*sorted(own), strict=True)
+            line = {"linestyle": "-" if len(own) > 1 else "none", "label": family, "clip_on": False}
+            axis.plot(x, y, **{**look(n), "markersize": 8, **line})
+        axis.set_xlabel("keys attended to (mean over the tasks)")
+        axis.set_ylabel("score (mean over the tasks)")
+        axis.set_xlim(0, 1.02)
+        axis.set_ylim(0, 1.05)
+        axis.xaxis.set_major_formatter(PERCENT)
+        axis.yaxis.set_major_formatter(PERCENT)
+        figure.legend(loc="outside lower center", ncols=min(len(families), 4))
         figure.suptitle(title)
         return save(figure, path)

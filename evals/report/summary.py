@@ -1,122 +1,122 @@
 """The answer in a few numbers: per variant its accuracy, density, speed and memory against dense."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+from ..jobs.registry import job_kinds
+from ..jobs.scores import DENSITY, SCORE, percent
+from ..jobs.view import Answer, Aspect, Table, TableCell, View, ratio, tone
 from ..run.variants import DENSE
 
-Row = dict[str, Any]
-SCORED = ("niah", "task", "lm-eval")
 MANY = 6
 
 
-def density(row: Row, variant: Row | None = None) -> float:
-    """Share of the keys attended to, in the prefill if the patch acts there, else in decoding."""
-    acts_in = variant["acts_in"] if variant else []
-    return float(row["density_decode"] if acts_in == ["decode"] else row["density_prefill"])
+@dataclass(frozen=True)
+class Line:
+    """A variant with one answer per aspect that was measured for it, in the order they were found."""
+
+    variant: str
+    answers: dict[Aspect, Answer] = field(default_factory=dict)
+
+    def value(self, aspect: Aspect) -> float | None:
+        """Its value of an aspect."""
+        return self.answers[aspect].value if aspect in self.answers else None
 
 
-def names(results: Row) -> list[str]:
-    """Variants in order."""
-    return [v["name"] for v in results["variants"]]
+def views(results: dict[str, Any]) -> list[View]:
+    """One view per job, in order."""
+    decode_only = {v["name"] for v in results["variants"] if v["acts_in"] == ["decode"]}
+    kinds = job_kinds()
+    return [kinds[job["kind"]].view(job, decode_only) for job in results["jobs"]]
 
 
-def jobs(results: Row, *kinds: str) -> list[Row]:
-    """Jobs of these kinds, in order."""
-    return [j for j in results["jobs"] if j["kind"] in kinds]
+def headline(results: dict[str, Any], shown: Sequence[View]) -> list[Line]:
+    """One line per variant, from what the views answer."""
+    return lines([v["name"] for v in results["variants"]], [a for view in shown for a in view.answers])
 
 
-def score_points(results: Row) -> list[Row]:
-    """For every variant, its mean score and density over the scored jobs."""
-    variants = {v["name"]: v for v in results["variants"]}
-    points = []
-    for name in names(results):
-        rows = [r for j in jobs(results, *SCORED) for r in j["rows"] if r["variant"] == name]
-        if rows:
-            points.append(
-                {
-                    "variant": name,
-                    "score": mean(r["score"] for r in rows),
-                    "density": mean(density(r, variants[name]) for r in rows),
-                }
-            )
-    return points
+def lines(names: Sequence[str], answers: Sequence[Answer]) -> list[Line]:
+    """One line per variant: the mean of all its values of an aspect, or of those at the greatest length."""
+    found: dict[tuple[str, Aspect], list[Answer]] = {}
+    for a in answers:
+        found.setdefault((a.variant, a.aspect), []).append(a)
+    aspects = list(dict.fromkeys(a.aspect for a in answers))
+    return [Line(name, {a: _one(found[name, a]) for a in aspects if (name, a) in found}) for name in names]
 
 
-def headline(results: Row) -> list[Row]:
-    """One row per variant; None where nothing was measured. Speed and memory are those of the longest prompts."""
-    scores = {p["variant"]: p for p in score_points(results)}
-    return [
-        {
-            "variant": name,
-            "score": scores[name]["score"] if name in scores else None,
-            "density": scores[name]["density"] if name in scores else None,
-            "ttft": _longest(results, "latency", name, "ttft_speedup"),
-            "tpot": _longest(results, "latency", name, "tpot_speedup"),
-            "ttft_clear": name == DENSE or _longest(results, "latency", name, "ttft_clear") == 1,
-            "tpot_clear": name == DENSE or _longest(results, "latency", name, "tpot_clear") == 1,
-            "memory": _longest(results, "memory", name, "ratio"),
-            "perplexity": _longest(results, "perplexity", name, "perplexity"),
-        }
-        for name in names(results)
-    ]
+def _one(values: Sequence[Answer]) -> Answer:
+    aspect, variant, length = values[0].aspect, values[0].variant, max(a.length for a in values)
+    own = [a for a in values if a.length == length or not aspect.longest]
+    return Answer(aspect, variant, mean(a.value for a in own), length, all(a.clear for a in own))
 
 
-def _longest(results: Row, kind: str, name: str, key: str) -> float | None:
-    rows = [r for j in jobs(results, kind) for r in j["rows"] if r["variant"] == name]
-    if not rows:
-        return None
-    length = max(r["length"] for r in rows)
-    return mean(float(r[key]) for r in rows if r["length"] == length)
+def score_points(found: Sequence[Line]) -> dict[str, tuple[float, float]]:
+    """Mean score and density over the scored jobs, of every variant that has them."""
+    return {
+        x.variant: (x.answers[SCORE].value, x.answers[DENSITY].value)
+        for x in found
+        if SCORE in x.answers and DENSITY in x.answers
+    }
 
 
-def sentences(results: Row) -> list[str]:
-    """What the headline says, in words: a sentence per variant but dense, or, of many, which stand out."""
+def aspects_of(found: Sequence[Line]) -> list[Aspect]:
+    """All that was measured of some variant, in order."""
+    return list(dict.fromkeys(aspect for line in found for aspect in line.answers))
+
+
+def answer_table(found: Sequence[Line]) -> Table:
+    """The page's first table."""
+    aspects = aspects_of(found)
+    body: list[list[str | TableCell]] = []
+    for line in found:
+        body.append([line.variant, *(_cell(line.answers[a]) if a in line.answers else "" for a in aspects)])
+    return Table("", ["variant", *(a.name for a in aspects)], body)
+
+
+def _cell(answer: Answer) -> str | TableCell:
+    aspect = answer.aspect
+    if not aspect.stands_out:
+        return aspect.show(answer.value)
+    mark = tone(answer.value, aspect.more_is_better) if answer.clear else ""
+    return TableCell(ratio(answer.value, answer.clear), tone=mark)
+
+
+def sentences(found: Sequence[Line]) -> list[str]:
+    """What the lines say, in words: a sentence per variant but dense, or, of many, which stand out."""
+    dense, *others = found
+    if len(others) > MANY and SCORE in dense.answers:
+        return _of_many(dense.answers[SCORE].value, found)
     told = []
-    dense, *others = headline(results)
-    if len(others) > MANY and dense["score"] is not None:
-        return _of_many(dense, others)
-    for row in others:
-        parts = []
-        if row["score"] is not None and dense["score"] is not None:
-            parts.append(f"scores {row['score']:.0%} where dense scores {dense['score']:.0%}")
-            parts.append(f"attends to {row['density']:.0%} of the keys")
-        if row["perplexity"] is not None and dense["perplexity"] is not None:
-            parts.append(f"has a perplexity of {row['perplexity']:.2f} against {dense['perplexity']:.2f}")
-        if row["ttft"] is not None:
-            prefill, decode = (_speed(row, m) for m in ("ttft", "tpot"))
-            parts.append(f"prefills {prefill} and decodes {decode}")
-        if row["memory"] is not None:
-            parts.append(f"needs {row['memory']:.2f} times the memory on top of the model")
+    for line in others:
+        both = [(own, dense.answers[a]) for a, own in line.answers.items() if a in dense.answers]
+        parts = [own.aspect.says(own.value, theirs.value, own.clear) for own, theirs in both]
         if parts:
-            told.append(f"{row['variant']} " + _list(parts) + ".")
+            told.append(f"{line.variant} {_list(parts)}.")
     return told
 
 
-def _of_many(dense: Row, others: Sequence[Row]) -> list[str]:
+def _of_many(score: float, found: Sequence[Line]) -> list[str]:
     """Which variants keep dense's score, what the others lose, and which of the former are faster or leaner."""
-    score = dense["score"]
-    kept = [r for r in others if r["score"] is not None and r["score"] >= score]
-    lost = sorted((r for r in others if r["score"] is not None and r["score"] < score), key=lambda r: -r["score"])
-    told = [f"{len(kept)} of {len(kept) + len(lost)} variants score what dense scores, {score:.0%}, or more."]
+    scored = [(x, x.answers[SCORE].value) for x in found if x.variant != DENSE and SCORE in x.answers]
+    kept = [x for x, own in scored if own >= score]
+    lost = sorted(((x, own) for x, own in scored if own < score), key=lambda pair: -pair[1])
+    told = [f"{len(kept)} of {len(scored)} variants score what dense scores, {percent(score)}, or more."]
     if lost:
-        told.append("Below it: " + _list([f"{r['variant']} with {r['score']:.0%}" for r in lost]) + ".")
-    for measure, verb in (("ttft", "prefill"), ("tpot", "decode")):
-        if any(r[measure] is None for r in kept):
-            continue
-        fast = sorted((r for r in kept if r[measure] > 1 and r[f"{measure}_clear"]), key=lambda r: -r[measure])
-        named = _list([f"{r['variant']} ({r[measure]:.2f} x)" for r in fast]) if fast else "none"
-        told.append(f"Of those that keep the score, these {verb} clearly faster than dense: {named}.")
-    lean = sorted((r for r in kept if r["memory"] is not None and r["memory"] < 0.95), key=lambda r: r["memory"])
-    if lean:
-        named = _list([f"{r['variant']} ({r['memory']:.2f} x)" for r in lean])
-        told.append(f"These also need less memory on top of the model: {named}.")
+        told.append("Below it: " + _list([f"{x.variant} with {percent(own)}" for x, own in lost]) + ".")
+    for aspect in (a for a in aspects_of(found) if a.stands_out):
+        if all(aspect in x.answers for x in kept):
+            told.append(f"Of those that keep the score, these {aspect.stands_out}: {_best(aspect, kept)}.")
     return told
 
 
-def _speed(row: Row, measure: str) -> str:
-    return f"{row[measure]:.2f} times as fast" if row[f"{measure}_clear"] else "about as fast (the spreads overlap)"
+def _best(aspect: Aspect, kept: Sequence[Line]) -> str:
+    own = [x.answers[aspect] for x in kept]
+    more = aspect.more_is_better
+    good = [a for a in own if a.clear and (a.value > 1 if more else a.value < 0.95)]
+    good.sort(key=lambda a: -a.value if more else a.value)
+    return _list([f"{a.variant} ({a.value:.2f} x)" for a in good]) if good else "none"
 
 
 def _list(parts: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ..errors import EvaluationError
 from .models import Loaded, load_model
@@ -34,32 +34,39 @@ class CellResult:
     samples: list[Data] = field(default_factory=list)
 
 
-class Job(Protocol):
-    """A task or a measure of a run."""
+@dataclass(frozen=True)
+class Work:
+    """What a cell takes, for estimates; on a CPU a cell of its `own_process` loads the model anew."""
+
+    prompts: int
+    new_tokens: int
+    at_once: int = 1
+    own_process: bool = False
+
+
+class Runnable(Protocol):
+    """What a run asks of a job; `hfpatch.evals.jobs.Job` is the class to derive from."""
+
+    kind: ClassVar[str]
+    timed: ClassVar[bool]
+    row: ClassVar[Data]
 
     @property
-    def label(self) -> str:
-        """Name of the job in this run."""
-
-    @property
-    def kind(self) -> str:
-        """Which sort of job it is: decides its table and plot."""
+    def label(self) -> str: ...
 
     def cells(self, variants: Sequence[Variant]) -> list[Cell]: ...
 
-    def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
-        """Progress steps of a cell."""
+    def steps(self, cell: Cell, variants: Sequence[Variant]) -> int: ...
 
-    def work(self, cell: Cell, variants: Sequence[Variant]) -> tuple[int, int, int] | None:
-        """Prompts, new tokens for each, and prompts at a time, for estimates; None when that is not known."""
+    def work(self, cell: Cell, variants: Sequence[Variant]) -> Work | None: ...
 
     def run(self, cell: Cell, session: "Session") -> CellResult: ...
 
-    def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
-        """Flat rows for results.json, in the order of the cells."""
+    def rows(self, done: Mapping[Cell, Data]) -> list[Data]: ...
 
-    def settings(self) -> Data:
-        """The job's arguments as plain data."""
+    def more(self, rows: Sequence[Data]) -> Data: ...
+
+    def settings(self) -> Data: ...
 
 
 @dataclass

@@ -7,11 +7,11 @@ import torch
 
 from hfpatch.runtime.positions import position_table
 
-from ..jobs.latency import time_once
-from .cells import Cell, Job, Session
+from .cells import Cell, Runnable, Session
 from .generation import text_ids
 from .models import Loaded
 from .runner import Run
+from .timing import time_once
 
 SHORT, LONG, NEW = 256, 1024, 4
 CHILD_SECONDS = 10.0
@@ -61,7 +61,7 @@ def estimate(run: Run, session: Session, speed: Speed) -> list[Estimate]:
     return [_of_job(run, job, session.loaded, speed) for job in run.jobs]
 
 
-def _of_job(run: Run, job: Job, loaded: Loaded, speed: Speed) -> Estimate:
+def _of_job(run: Run, job: Runnable, loaded: Loaded, speed: Speed) -> Estimate:
     cells = job.cells(run.variants)
     prompts, seconds, peak = 0, 0.0, 0
     known = True
@@ -70,12 +70,11 @@ def _of_job(run: Run, job: Job, loaded: Loaded, speed: Speed) -> Estimate:
         if work is None:
             known = False
             continue
-        calls, new_tokens, at_once = work
-        prompts += calls
-        seconds += calls * speed.seconds(cell.length, new_tokens)
-        if job.kind == "memory" and loaded.device.type == "cpu":
+        prompts += work.prompts
+        seconds += work.prompts * speed.seconds(cell.length, work.new_tokens)
+        if work.own_process and loaded.device.type == "cpu":
             seconds += speed.load + CHILD_SECONDS
-        peak = max(peak, memory_bytes(loaded, cell, at_once))
+        peak = max(peak, memory_bytes(loaded, cell, work.at_once))
     return Estimate(job.label, len(cells), prompts, seconds if known else None, peak)
 
 

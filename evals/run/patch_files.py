@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpatch import MethodConfig, PatchConfig, get_method
+from hfpatch.config.old_names import unwarned
 from hfpatch.config.patch_config import CONFIG_FILE, FIELDS
 from hfpatch.config.registry import make_config
 from hfpatch.errors import HfpatchError
@@ -17,7 +18,8 @@ def read_patch(name_or_path: str) -> PatchConfig:
     path = Path(name_or_path)
     file = path / CONFIG_FILE if os.path.isdir(path) else path
     if os.path.isfile(file):
-        check_patch(read(file))
+        with unwarned():
+            check_patch(read(file))
     return PatchConfig.from_pretrained(name_or_path)
 
 
@@ -51,7 +53,8 @@ def checked_config(
         preset = make_config(method, {})
     except HfpatchError as error:
         raise found.error(named_at, str(error)) from error
-    _check_settings(found, set_at, type(preset), settings, strict=True)
+    with unwarned():
+        _check_settings(found, set_at, type(preset), settings, strict=True)
     try:
         return make_config(method, dict(settings))
     except HfpatchError as error:

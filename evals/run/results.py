@@ -11,13 +11,10 @@ from typing import Any
 import torch
 
 import hfpatch
-from hfpatch.files.json_text import load_json
 from hfpatch.files.output import write_bytes
 from hfpatch.files.output import write_json as write_json
 from hfpatch.files.output import write_text as write_text
 
-from ..errors import EvaluationError
-from ..recipe.schema import first_problem
 from .journal import JOURNAL as JOURNAL
 from .journal import Journal as Journal
 from .journal import json_bytes
@@ -83,19 +80,3 @@ def load_average() -> float | None:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
     write_bytes(path, b"".join(map(json_bytes, rows)))
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a run, with all that tables and pages need. Raises EvaluationError naming the place."""
-    path = folder / RESULTS if folder.is_dir() else folder
-    try:
-        data = load_json(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise EvaluationError(f"There is no {RESULTS} in {folder}; name the folder a run has written to.") from error
-    except ValueError as error:
-        raise EvaluationError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(data, dict) or "jobs" not in data:
-        raise EvaluationError(f"{path} was not written by hfpatch.")
-    if problem := first_problem("results.schema.json", data):
-        raise EvaluationError(f"{path}: {problem} Restore the file, or start the run again.")
-    return data

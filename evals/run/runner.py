@@ -11,15 +11,13 @@ from typing import Any
 from hfpatch.files.output import writable
 
 from ..errors import EvaluationError
-from ..jobs.latency import break_evens
-from .cells import Cell, Data, Job, Session
+from .cells import Cell, Data, Runnable, Session
 from .results import JOURNAL, RESULTS, SAMPLES, Journal, environment, write_json, write_jsonl
 from .resume import check_done
 from .shards import Shard, merge_journals, shard_journals
 from .variants import Variant
 
-TIMED = ("latency", "memory")
-
+Cells = Sequence[tuple[Runnable, Cell]]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
 
@@ -30,18 +28,18 @@ class Run:
     title: str
     model: str
     variants: Sequence[Variant]
-    jobs: Sequence[Job]
+    jobs: Sequence[Runnable]
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
     about: str = ""
     notes: Sequence[str] = ()
 
-    def cells(self) -> list[tuple[Job, Cell]]:
+    def cells(self) -> list[tuple[Runnable, Cell]]:
         """All cells in order."""
         return [(job, cell) for job in self.jobs for cell in job.cells(self.variants)]
 
-    def steps(self, cells: Sequence[tuple[Job, Cell]]) -> int:
+    def steps(self, cells: Cells) -> int:
         """Progress steps of these cells."""
         return sum(job.steps(cell, self.variants) for job, cell in cells)
 
@@ -87,7 +85,7 @@ def _execute(run: Run, out: Path, shard: Shard, main: Journal, fresh: bool, prog
         main.read()
     check_done(main, run.cells())
     todo = [(job, cell) for job, cell in run.cells() if cell.key not in main.done]
-    alone = [pair for pair in todo if shard.world == 1 or pair[0].kind in TIMED]
+    alone = [pair for pair in todo if shard.world == 1 or pair[0].timed]
     shared = [pair for pair in todo if pair not in alone]
     session = Session(run.model, run.variants, run.dtype, run.device or shard.device, run.seed)
     if shard.world > 1:
@@ -108,7 +106,7 @@ def clear(out: Path) -> None:
         Journal(path, {}).remove()
 
 
-def _work(run: Run, cells: Sequence[tuple[Job, Cell]], session: Session, journal: Journal, progress: Progress) -> None:
+def _work(run: Run, cells: Cells, session: Session, journal: Journal, progress: Progress) -> None:
     if not cells:
         return
     with progress(run.title, run.steps(cells)) as step:
@@ -135,10 +133,8 @@ def collect(run: Run, journal: Journal) -> Data:
     for job in run.jobs:
         cells = job.cells(run.variants)
         rows = job.rows({cell: journal.done[cell.key]["data"] for cell in cells})
-        entry = {"label": job.label, "kind": job.kind, "settings": job.settings(), "rows": rows}
-        if job.kind == "latency":
-            entry["break_even"] = break_evens(rows)
-        jobs.append(entry)
+        settings = job.settings()
+        jobs.append({"label": job.label, "kind": job.kind, "settings": settings, "rows": rows, **job.more(rows)})
     first = next(iter(run.cells()), None)
     any_cell = journal.done[first[1].key] if first else {}
     return {

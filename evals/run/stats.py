@@ -1,9 +1,11 @@
-"""Medians, spreads and break-even lengths."""
+"""Medians, spreads, intervals and break-even lengths."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
+
+from hfpatch.calibrate.intervals import wilson_of
 
 GIB = 2**30
 
@@ -21,6 +23,13 @@ def summarise(runs: Sequence[float]) -> dict[str, Any]:
 def apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether the spreads of two summaries do not overlap: only then is one called faster."""
     return bool(a["high"] < b["low"] or b["high"] < a["low"])
+
+
+def interval(score: float, samples: int) -> tuple[float, float]:
+    """95 % Wilson interval of a mean score in [0, 1] of so many samples; wide where a score is a share of answers."""
+    p = min(max(float(score), 0.0), 1.0)
+    low, high = wilson_of(p, samples)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
 def break_even(speedups: Mapping[int, float], clear: Collection[int]) -> dict[str, Any]:

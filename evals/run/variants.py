@@ -131,10 +131,10 @@ def _variant(spec: str, settings: dict[str, Any], unused: set[str]) -> Variant:
         if match is None:
             raise ConfigError(f"--patch {spec!r} cannot be read; write NAME, NAME:window=512 or NAME+NAME.")
         name, own = match["name"], _inline(match["settings"] or "", spec)
-        known = {f.name for f in dataclasses.fields(make_config(name, {}))}
-        shared = {k: v for k, v in settings.items() if k in known}
+        cls = type(make_config(name, {}))
+        shared = {k: v for k, v in settings.items() if k in cls.takes()}
         unused -= set(shared)
-        chosen = {**shared, **own}
+        chosen = {**cls.renewed(shared), **cls.renewed(own)}
         configs.append(make_config(name, chosen))
         labels.append(name + (":" + ",".join(f"{k}={v}" for k, v in chosen.items()) if chosen else ""))
     label = "+".join(labels)

@@ -10,7 +10,11 @@ Z95 = 1.959964
 
 def wilson(hits: Tensor) -> tuple[float, float]:
     """95 % interval of the share of True in `hits [N]` (Wilson score)."""
-    n, p = len(hits), float(hits.float().mean())
+    return wilson_of(float(hits.float().mean()), len(hits))
+
+
+def wilson_of(p: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share `p` in [0, 1] of `n` (Wilson score)."""
     centre = p + Z95**2 / (2 * n)
     half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
     return (centre - half) / (1 + Z95**2 / n), (centre + half) / (1 + Z95**2 / n)

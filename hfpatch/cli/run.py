@@ -102,7 +102,7 @@ def compare(
 ) -> None:
     """Two result folders side by side: what changed, and what was different in how they were made."""
     from hfpatch.evals.report.compare import print_comparison
-    from hfpatch.evals.run.results import read_results
+    from hfpatch.evals.report.read import read_results
 
     names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
     print_comparison(read_results(a), read_results(b), names, console, everything=everything)

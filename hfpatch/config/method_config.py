@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..errors import ConfigError
 from ..values import Misfit, OutOfRange, fitted, shown, type_name
+from .old_names import TakesOldNames, old_names, renewed
 
 T = TypeVar("T")
 logger = logging.get_logger(__name__)
@@ -25,9 +26,14 @@ def option(
     gt: float | None = None,
     le: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    share: bool = False,
+    old: str | None = None,
 ) -> T:
-    """A documented setting with its range; checked whenever a config is made."""
-    meta = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices}
+    """A documented setting with its range, checked whenever a config is made; `old` is its earlier name.
+
+    Of a `share`, whole numbers are tokens and others a share of the keys, at most 1.
+    """
+    meta = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices, "share": share, "old": old}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -43,7 +49,7 @@ def _bounds(meta: Mapping[str, Any], lead: str = "") -> str:
 
 
 @dataclass(kw_only=True)
-class MethodConfig:
+class MethodConfig(metaclass=TakesOldNames):
     """Settings every method has; a method adds its own fields with `option(...)`.
 
     Values are converted to their field's type where nothing is lost (tuple to list, numpy number to Python's).
@@ -58,6 +64,11 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:
+            ((name, value),) = renewed(type(self), {name: value}).items()
+        object.__setattr__(self, name, value)
 
     def check(self) -> None:
         """Check and convert every field; a method does so again, for fields set since. Raises ConfigError."""
@@ -82,6 +93,8 @@ class MethodConfig:
             raise ConfigError(f"{where} is not one of {', '.join(map(repr, meta['choices']))}.")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not _within(value, meta):
             raise ConfigError(f"{where} is out of range; it must be {_bounds(meta)}.")
+        if meta.get("share") and isinstance(value, float) and value > 1:
+            raise ConfigError(f"{where} is out of range; a share of the keys is at most 1.0, tokens are whole.")
         return value
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,12 +102,22 @@ class MethodConfig:
         return {"method": self.method, **dataclasses.asdict(self)}
 
     @classmethod
+    def takes(cls) -> frozenset[str]:
+        """Every name by which a setting may be given, those of earlier versions among them."""
+        return frozenset({f.name for f in dataclasses.fields(cls)} | old_names(cls).keys())
+
+    @classmethod
+    def renewed(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings by their names of today; warns of earlier ones. Raises ConfigError where one is given by both."""
+        return renewed(cls, settings)
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any], *, newer: bool = False) -> "MethodConfig":
         """Config from plain data; unknown keys raise, or are dropped with a warning when the file is `newer`."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"{cls.method}: settings are names with values, not {shown(data)}.")
         known = {f.name for f in dataclasses.fields(cls)}
-        data = {k: v for k, v in data.items() if k != "method"}
+        data = renewed(cls, {k: v for k, v in data.items() if k != "method"})
         unknown = sorted(shown(k) for k in data if k not in known)
         if unknown and newer:
             logger.warning("%s: settings from a newer hfpatch are ignored: %s", cls.method, ", ".join(unknown))

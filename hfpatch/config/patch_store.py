@@ -97,11 +97,11 @@ def _write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _digest(file: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with file.open("rb") as f:
         while chunk := f.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -147,18 +147,18 @@ def read(file: Path, tries: int = 4) -> tuple[Any, dict[str, torch.Tensor]]:
     if not _is_digest(digest):
         raise ConfigError(f"{shown_path(file)}: {DIGEST} is not the SHA-256 of a file in hexadecimal digits.")
     places = (folder / TENSOR_FILE, folder / (_WAITING + digest))
-    found = next((held for place in places if (held := _held(place, digest)) is not None), None)
+    tensors = next((held for place in places if (held := _held(place, digest)) is not None), None)
     again = read_json(file)
     if not isinstance(again, dict) or again.get(DIGEST) != digest:
         return read(file, tries)  # another process saved in between
-    if found is None and tries:
+    if tensors is None and tries:
         return read(file, tries - 1)
-    if found is None:
+    if tensors is None:
         raise ConfigError(
             f"{shown_path(folder / TENSOR_FILE)} is missing or of another save than {file.name}; save the patch "
             f"again, or take {DIGEST} out of the config if the two belong together."
         )
-    return data, found
+    return data, tensors
 
 
 def _held(place: Path, digest: str) -> dict[str, torch.Tensor] | None:

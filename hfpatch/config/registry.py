@@ -65,17 +65,23 @@ def get_method(name: str) -> type[Method]:
     if name not in _registered:
         if name in _builtin_names():
             importlib.import_module(f"{builtin_package.__name__}.{name}")
-        elif name in (found := _entry_points()):
-            register_method(found[name].load())
+        elif name in (entries := _entry_points()):
+            register_method(entries[name].load())
     if name not in _registered:
         raise UnknownMethodError(name, [*list_methods(), *list_presets()])
     return _registered[name]
 
 
-def make_config(name: str, settings: dict[str, Any]) -> MethodConfig:
-    """Config of a method or preset with `settings` applied. Raises ConfigError, UnknownMethodError."""
+def resolve(name: str) -> tuple[type[MethodConfig], dict[str, Any]]:
+    """The config class of a method or preset, and the preset's settings. Raises UnknownMethodError."""
     known = not isinstance(name, str) or name in _registered or name in _builtin_names()
+    preset: dict[str, Any] = {}
     if not known and name in (presets := list_presets()):
         name, preset = presets[name]
-        settings = {**preset, **settings}
-    return get_method(name).config_class.from_dict(settings)
+    return get_method(name).config_class, preset
+
+
+def make_config(name: str, settings: dict[str, Any]) -> MethodConfig:
+    """Config of a method or preset with `settings` applied. Raises ConfigError, UnknownMethodError."""
+    cls, preset = resolve(name)
+    return cls.from_dict({**preset, **cls.renewed(settings)} if preset else settings)

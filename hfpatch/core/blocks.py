@@ -14,8 +14,6 @@ from torch.nn.functional import pad
 
 from .selection import BlockMap, Layout, no_longer
 
-SHARES = ("group", "head", "all")
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -81,7 +79,7 @@ def top_blocks(grid: Grid, score: Tensor, forced: Tensor, budget: Tensor) -> Blo
     """The `budget [nQ]` best visible blocks by `score [B, H, nQ, nK]`; the forced ones come first and count."""
     counts = torch.minimum(torch.maximum(budget, forced.sum(-1)), grid.visible.sum(-1))
     score = score.masked_fill(forced, torch.inf).masked_fill(~grid.visible, -torch.inf)
-    indices = score.topk(int(counts.max()), dim=-1).indices
+    indices = score.topk(int(counts.max()), dim=-1).indices  # [B, H, nQ, K]
     return BlockMap(indices, counts.expand(*score.shape[:3]), grid.block_q, grid.block_k)
 
 
@@ -89,12 +87,12 @@ def kept_blocks(grid: Grid, keep: Tensor) -> BlockMap:
     """The visible blocks of `keep [B|1, H, nQ, nK]`, in order of position."""
     keep = keep & grid.visible
     counts = keep.sum(-1)
-    order = keep.int() * grid.nk - grid.blocks.int()
+    order = keep.int() * grid.nk - grid.blocks.int()  # kept blocks first, from the left
     return BlockMap(order.topk(int(counts.max()), dim=-1).indices, counts, grid.block_q, grid.block_k)
 
 
-def capped(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int | float | None) -> BlockMap:
-    """The forced and kept blocks; past the budget, the kept ones with the lowest scores are dropped."""
+def within_budget(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int | float | None) -> BlockMap:
+    """Blocks `forced [nQ, nK]` or `keep [B|1, H, nQ, nK]`; past the budget, kept ones with the lowest scores go."""
     keep = (keep | forced) & grid.visible
     if budget is None:
         return kept_blocks(grid, keep)
@@ -102,20 +100,20 @@ def capped(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int 
     return BlockMap(best.indices, torch.minimum(best.counts, keep.sum(-1)), grid.block_q, grid.block_k)
 
 
-def top_mass(weights: Tensor, mass: float) -> Tensor:
-    """Bool like `weights [..., n]`: the smallest set of largest weights that reaches `mass` times their sum."""
-    if mass >= 1:
+def top_p(weights: Tensor, p: float) -> Tensor:
+    """Bool like `weights [..., n]`: the smallest set of largest weights that reaches `p` times their sum."""
+    if p >= 1:
         return torch.ones_like(weights, dtype=torch.bool)
     ranked, order = weights.sort(dim=-1, descending=True)
     before = ranked.cumsum(-1) - ranked
-    keep = before < mass * ranked.sum(-1, keepdim=True)
+    keep = before < p * ranked.sum(-1, keepdim=True)
     return torch.zeros_like(keep).scatter_(-1, order, keep)
 
 
 def block_means(x: Tensor, size: int) -> Tensor:
     """Means `[B, H, n, D]` in float32 over blocks of `size` tokens of `x [B, H, L, D]`; the last may be short."""
     whole = x.shape[2] // size
-    means = x[:, :, : whole * size].unflatten(2, (whole, size)).mean(3, dtype=torch.float32)
+    means = x[:, :, : whole * size].unflatten(2, (whole, size)).mean(3, dtype=torch.float32)  # [B, H, whole, D]
     if whole * size == x.shape[2]:
         return means
     return torch.cat([means, x[:, :, whole * size :].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
@@ -135,10 +133,3 @@ def pad_to(x: Tensor, size: int, dim: int, value: float = 0.0) -> Tensor:
 def tokens_of(budget: int | float, length: int) -> int:
     """A budget in tokens, given the number of visible keys."""
     return budget if isinstance(budget, int) else math.ceil(budget * length)
-
-
-def check_budget(where: str, budget: int | float | None) -> str | None:
-    """What is wrong with a budget, or None."""
-    if isinstance(budget, float) and budget > 1:
-        return f"{where}={budget!r} is out of range; a share of the keys is at most 1.0, tokens are a whole number."
-    return None

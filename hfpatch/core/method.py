@@ -1,7 +1,7 @@
 """The base class of all methods: the points at which a method may act on a layer call."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 from torch import Tensor, nn
 
@@ -12,12 +12,15 @@ from .learned import Learned, ModelSizes
 from .reweight import Columns
 from .selection import Selection, SinkWindow
 
+C = TypeVar("C", bound=MethodConfig)
 POINTS = ("select", "bias", "reweight", "output", "route", "observe")
 
 
-class Method:
+class Method(Generic[C]):
     """Override any of `select`, `bias`, `reweight`, `output`, `route`, `observe`; the rest stays dense.
 
+    `class Mine(Method[MineConfig])` takes its settings as `self.config`. Of these `phase` narrows `acts_in`,
+    `dense_layers` are left out by `pick`, and `min_length` is what `too_short` goes by.
     One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
     (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases: a chunk after a cache counts as
     prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "q_pre_rope" and "forward"
@@ -42,21 +45,29 @@ class Method:
     retain: Callable[[AttentionCall], SinkWindow | None] | None = None
     needs: frozenset[str] = frozenset()
 
-    def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, config: C, tensors: Mapping[str, Tensor] | None = None) -> None:
         config.check()
         self.config = config
         self.given: Mapping[str, Tensor] = dict(tensors or {})
+        if (phase := getattr(config, "phase", "both")) in self.acts_in:
+            self.acts_in = frozenset({phase})
 
     def pick(self, layers: list[int]) -> list[int]:
         """Which of the decoder layers the user's `layers` leave to it, in order, the method wants."""
-        return layers
+        first = getattr(self.config, "dense_layers", 0)
+        return [n for n in layers if n >= first]
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         """Look at the model before it is patched; raise to refuse it."""
 
     def notes(self) -> list[str]:
         """Sentences for the report, about this method on this model."""
-        return []
+        least = getattr(self.config, "min_length", 0)
+        return [f"{self.name}: calls with fewer than {least} keys run dense (min_length)"] if least else []
+
+    def too_short(self, call: AttentionCall) -> bool:
+        """Whether the call has fewer keys than the setting `min_length` asks for."""
+        return call.Lk < getattr(self.config, "min_length", 0)
 
     def learns(self, sizes: ModelSizes) -> Mapping[str, Learned] | None:
         """The tensors it takes for a model of these sizes, by name; `given` is checked against it before `pick`.
@@ -96,6 +107,9 @@ class Method:
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "regroup"):
             raise TypeError(f"{cls.__name__}.regroup would never be called: the point is `reweight` now; rename it.")
+        own = [arg for base in cls.__dict__.get("__orig_bases__", ()) for arg in get_args(base)]
+        if "config_class" not in cls.__dict__:
+            cls.config_class = next((c for c in own if _is_config(c)), cls.config_class)
         cls._points = frozenset(p for p in POINTS if getattr(cls, p) is not getattr(Method, p))
 
     @classmethod
@@ -112,6 +126,10 @@ class Method:
     def executor(self) -> str | None:
         """The executor it names for its layers, if any."""
         return self.config.executor
+
+
+def _is_config(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, MethodConfig)
 
 
 def check_compatible(methods: Sequence[Method]) -> None:

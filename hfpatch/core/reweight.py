@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall
+from .logits import biased, capped, causal, log_sum, logits, weights
 from .selection import Causal, Selection
 
 CANCELLING = 0.3
@@ -65,19 +66,15 @@ def column_weights(call: AttentionCall, keys: Tensor | slice, lse: Tensor, selec
     """Softmax weights `[B, Hq, Lq, n]` in lse's dtype of the key columns `keys`, given `lse [B, Hq, Lq]`."""
     q = call.q.to(lse.dtype).unflatten(1, (call.Hkv, call.groups))
     k = call.k[:, :, None, keys].to(lse.dtype)
-    logits = (q * (k * call.scale)).sum(-1, keepdim=True) if k.shape[3] == 1 else q @ (k * call.scale).mT
-    logits = logits.flatten(1, 2)
-    if call.softcap is not None:
-        logits = torch.tanh(logits / call.softcap) * call.softcap
-    if call.bias is not None:
-        logits = logits + call.bias[..., keys].to(lse.dtype)[:, :, None]
-    weights = torch.exp(logits - lse[..., None])
+    products = (q * (k * call.scale)).sum(-1, keepdim=True) if k.shape[3] == 1 else q @ (k * call.scale).mT
+    column = biased(capped(products.flatten(1, 2), call.softcap), None if call.bias is None else call.bias[..., keys])
+    share = torch.exp(column - lse[..., None])
     dense = selection is None or isinstance(selection, Causal)
     if dense and isinstance(keys, slice) and keys.stop <= call.off + 1:
-        return weights
+        return share
     columns = Columns(keys, 1.0).indices(lse.device)
     seen = (selection or Causal()).mask(call.layout, columns)
-    return torch.where(seen & torch.isfinite(lse)[..., None], weights, 0.0)
+    return torch.where(seen & torch.isfinite(lse)[..., None], share, 0.0)
 
 
 def as_bias(call: AttentionCall, groups: list[Columns]) -> tuple[Tensor | None, list[Columns]]:
@@ -131,18 +128,12 @@ def _from_all_keys(
 ) -> tuple[Tensor, Tensor]:
     """Reweighted `out [B, R, Hq, Dv]`, `lse [B, Hq, R]` of the queries `rows [R]` by their whole rows of weights."""
     exact = torch.float64 if call.q.device.type != "mps" else torch.float32
-    k, v = (t.to(exact).repeat_interleave(call.groups, dim=1) for t in (call.k, call.v))
-    logits = call.scale * call.q[:, :, rows].to(exact) @ k.mT
-    if call.softcap is not None:
-        logits = torch.tanh(logits / call.softcap) * call.softcap
-    if call.bias is not None:
-        logits = logits + call.bias.to(exact)[:, :, None]
+    q, k, v = call.q[:, :, rows].to(exact), call.k.to(exact), call.v.to(exact).repeat_interleave(call.groups, dim=1)
+    every = logits(q, k, scale=call.scale, softcap=call.softcap, bias=call.bias)
     seen = (selection or Causal()).mask(call.layout)[:, :, rows]
-    logits = logits.masked_fill(~seen, -torch.inf)
-    lse = logits.logsumexp(-1)
-    if call.sinks is not None:
-        lse = torch.logaddexp(lse, call.sinks.to(exact)[:, None])
-    weights = torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0)[..., None])
+    every = every.masked_fill(~seen, -torch.inf)
+    lse = log_sum(every, call.sinks)
+    weights = torch.exp(every - lse.masked_fill(lse.isneginf(), 0.0)[..., None])
     rest = 1 - weights.sum(-1) if call.sinks is not None else torch.zeros_like(lse)
     for group in groups:
         columns = group.indices(rows.device)
@@ -191,14 +182,6 @@ def _moved(total: Tensor, extra: Tensor, norm: Tensor, v: Tensor) -> Tensor:
 def initial_weight(call: AttentionCall, queries: int = 32) -> Tensor:
     """Dense attention `[B, Hq, n]` that up to `queries` queries of the call's later half pay to its first token."""
     at = torch.linspace(call.Lq // 2, call.Lq - 1, min(queries, call.Lq - call.Lq // 2), device=call.q.device).long()
-    q = call.q[:, :, at].float().unflatten(1, (call.Hkv, call.groups))
-    logits = (q @ (call.k.float() * call.scale)[:, :, None].mT).flatten(1, 2)
-    if call.softcap is not None:
-        logits = torch.tanh(logits / call.softcap) * call.softcap
-    if call.bias is not None:
-        logits = logits + call.bias.float()[:, :, None]
-    logits = logits.masked_fill(call.k_pos > call.q_pos[at, None], -torch.inf)
-    lse = logits.logsumexp(-1)
-    if call.sinks is not None:
-        lse = torch.logaddexp(lse, call.sinks.float()[:, None])
-    return torch.exp(logits[..., 0] - lse)
+    q, k = call.q[:, :, at].float(), call.k.float()
+    every = causal(logits(q, k, scale=call.scale, softcap=call.softcap, bias=call.bias), call.q_pos[at], call.k_pos)
+    return weights(every, call.sinks)[..., 0]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.call import AttentionCall
+from ..core.logits import causal, logits, weights
 
 CHUNK_ELEMENTS = 1 << 22
 
@@ -29,8 +30,8 @@ class ColumnSums:
             counts[:known] = earlier.counts[:known]
         step = max(1, CHUNK_ELEMENTS // (call.B * len(heads) * call.Lk))
         for start in range(0, call.Lq, step):
-            weights = _weights(call, heads, start, min(start + step, call.Lq))
-            sums[..., : weights.shape[-1]] += weights.sum(2)
+            part = _weights(call, heads, start, min(start + step, call.Lq))
+            sums[..., : part.shape[-1]] += part.sum(2)
         counts += call.Lk - call.k_pos.clamp(min=call.off)
         return cls(sums, counts)
 
@@ -50,17 +51,12 @@ class ColumnSums:
 
 def _weights(call: AttentionCall, heads: list[int], start: int, stop: int) -> Tensor:
     """Softmax weights `[B, H, R, C]` in float32 of queries `start..stop`, over the keys up to the last of them."""
-    lk = call.off + stop
+    seen = call.off + stop
     q = call.q[:, heads, start:stop].float()
-    k = call.k[:, [h // call.groups for h in heads], :lk].float()
-    logits = call.scale * q @ k.mT
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
-    if call.bias is not None:
-        bias = call.bias[..., :lk].float()
-        logits = logits + (bias[:, heads] if bias.shape[1] > 1 else bias)[:, :, None]
-    logits = logits.masked_fill(call.k_pos[:lk] > call.q_pos[start:stop, None], -torch.inf)
-    lse = logits.logsumexp(-1, keepdim=True)
-    if call.sinks is not None:
-        lse = torch.logaddexp(lse, call.sinks[heads].float().view(1, -1, 1, 1))
-    return torch.exp(logits - lse)
+    k = call.k[:, [h // call.groups for h in heads], :seen].float()  # [B, H, seen, D]
+    bias = None if call.bias is None else call.bias[..., :seen]
+    if bias is not None and bias.shape[1] > 1:
+        bias = bias[:, heads]
+    every = logits(q, k, scale=call.scale, softcap=call.softcap, bias=bias)
+    past = causal(every, call.q_pos[start:stop], call.k_pos[:seen])
+    return weights(past, None if call.sinks is None else call.sinks[heads])

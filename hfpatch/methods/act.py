@@ -67,16 +67,16 @@ def _read_heads(path: Path) -> list[list[int]]:
         raise ConfigError(f"act: heads={shown(str(path))} is not a readable JSON file ({error}).") from error
     pairs = data.get("heads") if isinstance(data, dict) else data
     try:
-        found: list[list[int]] = fitted(pairs, list[list[int]])
+        heads: list[list[int]] = fitted(pairs, list[list[int]])
     except (Misfit, OutOfRange):
-        found = [[]]
-    if not all(len(p) == 2 for p in found):
+        heads = [[]]
+    if not all(len(p) == 2 for p in heads):
         raise ConfigError(f"act: {path} must hold a list of [layer, head] pairs, or one under 'heads'.")
-    return found
+    return heads
 
 
 @register_method
-class ACT(Method):
+class ACT(Method[ACTConfig]):
     """A'_ik = beta A_ik for sinks k, A_ik (1 + (1 - beta) m_i / (1 - m_i)) else, m_i the mass of row i on sinks.
 
     ACT, arXiv 2406.15765. A sink is a token other than the first whose column mean over all later queries exceeds
@@ -86,7 +86,6 @@ class ACT(Method):
     weights even where another method narrows the keys. `act-paper` leaves out the first two layers and the last.
     """
 
-    config_class = ACTConfig
     summary = "calibrated attention: less on sinks inside the text"
     paper = "https://arxiv.org/abs/2406.15765"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"act-paper": {"layers": "2--2"}}
@@ -95,14 +94,13 @@ class ACT(Method):
 
     def __init__(self, config: ACTConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.settings = config
         self._rollbacks = 0
         self._heads: dict[int, list[int]] = {}
         for layer, head in config.pairs:
             self._heads.setdefault(layer, []).append(head)
 
     def pick(self, layers: list[int]) -> list[int]:
-        return [n for n in layers if n in self._heads] if self.settings.heads else layers
+        return [n for n in layers if n in self._heads] if self.config.heads else layers
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         missing = sorted(set(self._heads) - set(layers))
@@ -114,9 +112,9 @@ class ACT(Method):
 
     def notes(self) -> list[str]:
         notes = ["act: over a prefill, earlier tokens depend on later ones; do not read log-likelihoods from it"]
-        if self.settings.heads == []:
+        if self.config.heads == []:
             notes.append("act: the head list is empty, which changes nothing")
-        elif self.settings.heads is None:
+        elif self.config.heads is None:
             notes.append(
                 "act: no calibrated head list was given; every head is changed, which the paper advises against"
             )
@@ -128,7 +126,7 @@ class ACT(Method):
         return notes
 
     def reweight(self, call: AttentionCall) -> list[Columns]:
-        s = self.settings
+        s = self.config
         heads = list(range(call.Hq)) if s.heads is None else self._heads.get(call.layer, [])
         if not heads or s.beta == 1:
             return []
@@ -136,7 +134,7 @@ class ACT(Method):
         keys = sink.flatten(0, 1).any(0).nonzero()[:, 0]
         if not len(keys):
             return []
-        member = torch.zeros(call.B, call.Hq, 1, len(keys), dtype=torch.bool, device=call.q.device)
+        member = torch.zeros(call.B, call.Hq, 1, len(keys), dtype=torch.bool, device=call.q.device)  # [B, Hq, 1, n]
         member[:, heads] = sink[..., keys][:, :, None]
         beta = s.beta
 
@@ -153,6 +151,6 @@ class ACT(Method):
         self._rollbacks += earlier is not None and earlier.cropped
         sums = ColumnSums.of(call, earlier, heads)
         call.state["act"] = sums
-        sink = sums.means() > self.settings.share(call.Lk)
+        sink = sums.means() > self.config.share(call.Lk)
         sink[..., 0] = False
         return sink

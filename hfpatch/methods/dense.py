@@ -16,9 +16,8 @@ class DenseConfig(MethodConfig):
 
 
 @register_method
-class Dense(Method):
+class Dense(Method[DenseConfig]):
     """Runs the attention implementation the model had."""
 
-    config_class = DenseConfig
     kinds = frozenset({"full", "sliding", "chunked"})
     summary = "the model's own attention, counted"

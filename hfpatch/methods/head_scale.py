@@ -52,7 +52,7 @@ class HeadScaleConfig(MethodConfig):
 
 
 @register_method
-class HeadScale(Method):
+class HeadScale(Method[HeadScaleConfig]):
     """out_h -> c_h out_h before the output projection, for named heads of named layers.
 
     With factor 0 this is head ablation; Retrieval Heads (arXiv 2404.15574) are masked so, except that its code
@@ -60,7 +60,6 @@ class HeadScale(Method):
     the lists.
     """
 
-    config_class = HeadScaleConfig
     summary = "constant factor per head, 0 to ablate"
     paper = "https://arxiv.org/abs/2404.15574"
 

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..config.common import dense_layers, head_sharing, min_length
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.blocks import SHARES, check_budget, choosers, tokens_of
+from ..core.blocks import choosers, tokens_of
 from ..core.call import AttentionCall
 from ..core.method import Method
 from ..core.selection import BlockMap, Selection
-from ..errors import ConfigError
 
 FEWEST_PAGES = 3
 
@@ -24,59 +24,48 @@ class QuestConfig(MethodConfig):
     """Settings of `quest`."""
 
     method: ClassVar[str] = "quest"
-    budget: int | float = option(1024, "keys per decoded token: tokens, or a share of the visible ones", gt=0)
+    budget: int | float = option(
+        1024, "keys per decoded token: tokens, or a share of the visible ones", gt=0, share=True
+    )
     page: int = option(16, "keys per page", ge=1)
-    dense_layers: int = option(0, "first decoder layers that stay dense; the paper's code uses 2", ge=0)
-    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
-    min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
-
-    def validate(self) -> None:
-        if wrong := check_budget("quest: budget", self.budget):
-            raise ConfigError(wrong)
+    dense_layers: int = dense_layers("; the paper's code uses 2")
+    head_sharing: str = head_sharing()
+    min_length: int = min_length()
 
 
 @register_method
-class Quest(Method):
+class Quest(Method[QuestConfig]):
     """Elementwise minimum and maximum of each page's keys bound q k from above; the top pages are attended.
 
     Quest, arXiv 2406.10774. At least three pages are kept, the current one among them. The paper chooses per query
-    head (share="head"); heads that share a choice add their bounds up. Prefill stays dense. Bounds are of keys after
-    RoPE: padded rows choose as they would alone with the positions that `generate` gives them.
+    head (head_sharing="head"); heads that share a choice add their bounds up. Prefill stays dense. Bounds are of keys
+    after RoPE: padded rows choose as they would alone with the positions that `generate` gives them.
     """
 
-    config_class = QuestConfig
     summary = "decode over the pages with the highest bounds"
     paper = "https://arxiv.org/abs/2406.10774"
     acts_in = frozenset({"decode"})
     stateful = True
-    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quest-paper": {"dense_layers": 2, "share": "head"}}
-
-    def __init__(self, config: QuestConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__(config, tensors)
-        self.settings = config
-
-    def pick(self, layers: list[int]) -> list[int]:
-        return [n for n in layers if n >= self.settings.dense_layers]
-
-    def notes(self) -> list[str]:
-        return [f"quest: calls with fewer than {self.settings.min_length} keys run dense (min_length)"]
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "quest-paper": {"dense_layers": 2, "head_sharing": "head"}
+    }
 
     @torch.no_grad()
     def select(self, call: AttentionCall) -> Selection | None:
-        s = self.settings
-        tokens = tokens_of(s.budget, call.Lk)
-        if call.Lq != 1 or call.Lk < s.min_length or (isinstance(s.budget, int) and call.Lk <= tokens):
+        c = self.config
+        tokens = tokens_of(c.budget, call.Lk)
+        if call.Lq != 1 or self.too_short(call) or (isinstance(c.budget, int) and call.Lk <= tokens):
             return None
-        name = f"quest.{s.page}"
+        name = f"quest.{c.page}"
         if name not in call.state:
-            call.state[name] = Pages(s.page, call.k)
+            call.state[name] = Pages(c.page, call.k)
         pages = call.state[name]
         pages.update(call.k)
-        bounds = pages.bounds(call.q[:, :, 0]).unflatten(1, (choosers(call.layout, s.share), -1)).sum(2)
+        bounds = pages.bounds(call.q[:, :, 0]).unflatten(1, (choosers(call.layout, c.head_sharing), -1)).sum(2)
         bounds[..., -1] = torch.inf
-        count = min(max(FEWEST_PAGES, -(-tokens // s.page)), bounds.shape[-1])
+        count = min(max(FEWEST_PAGES, -(-tokens // c.page)), bounds.shape[-1])
         indices = bounds.topk(count, dim=-1, sorted=False).indices[:, :, None]
-        return BlockMap(indices, torch.full_like(indices[..., 0], count), 1, s.page)
+        return BlockMap(indices, torch.full_like(indices[..., 0], count), 1, c.page)
 
 
 class Pages:
@@ -116,7 +105,7 @@ class Pages:
     def bounds(self, q: Tensor) -> Tensor:
         """Upper bounds `[B, Hq, n]` in float32 of `q [B, Hq, D]` times any key of each page."""
         n = -(-self.length // self.size)
-        q = q.float().unflatten(1, (self.low.shape[1], -1))
+        q = q.float().unflatten(1, (self.low.shape[1], -1))  # [B, Hkv, G, D]
         low, high = self.low[:, :, :n].float(), self.high[:, :, :n].float()
         return (q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT).flatten(1, 2)
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..config.common import dense_layers, phase
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
 from ..core.call import AttentionCall
@@ -21,12 +22,12 @@ class StreamingConfig(MethodConfig):
     sink: int = option(4, "first real tokens of each row that stay visible", ge=0)
     window: int = option(1024, "most recent tokens visible, the query's own included", ge=1)
     last_queries: int = option(0, "queries at the end of a prefill call that attend densely (tri-shape)", ge=0)
-    dense_layers: int = option(0, "first decoder layers that stay dense (TriangleMix)", ge=0)
-    phase: str = option("both", "where the pattern applies", choices=("both", "prefill", "decode"))
+    dense_layers: int = dense_layers(" (TriangleMix)")
+    phase: str = phase()
 
 
 @register_method
-class Streaming(Method):
+class Streaming(Method[StreamingConfig]):
     """Sink + window; positions are kept, nothing is evicted from the cache.
 
     StreamingLLM, arXiv 2309.17453; tri-shape and layer-wise use from MInference (2407.02490) and TriangleMix
@@ -34,7 +35,6 @@ class Streaming(Method):
     pattern is valid up to the model's position limit.
     """
 
-    config_class = StreamingConfig
     summary = "sink tokens + recent window"
     paper = "https://arxiv.org/abs/2309.17453"
     positional = True
@@ -51,18 +51,13 @@ class Streaming(Method):
 
     def __init__(self, config: StreamingConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.settings = config
-        self.acts_in = frozenset({"prefill", "decode"} if config.phase == "both" else {config.phase})
         self.causality = "tile" if config.last_queries else "yes"
 
-    def pick(self, layers: list[int]) -> list[int]:
-        return [n for n in layers if n >= self.settings.dense_layers]
-
     def select(self, call: AttentionCall) -> Selection | None:
-        s = self.settings
-        pattern = SinkWindow(s.sink, s.window)
-        if call.Lk <= s.sink + s.window or (call.Lq <= s.last_queries and call.phase != "decode"):
+        c = self.config
+        pattern = SinkWindow(c.sink, c.window)
+        if call.Lk <= c.sink + c.window or (call.Lq <= c.last_queries and call.phase != "decode"):
             return None
-        if s.last_queries and call.phase != "decode":
-            return Rows([(call.Lq - s.last_queries, pattern), (call.Lq, Causal())])
+        if c.last_queries and call.phase != "decode":
+            return Rows([(call.Lq - c.last_queries, pattern), (call.Lq, Causal())])
         return pattern

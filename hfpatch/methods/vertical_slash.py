@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..config.method_config import MethodConfig, option
+from ..config.method_config import option
 from ..config.registry import register_method
-from ..core.blocks import SHARES, Grid, check_budget, choosers, kept_blocks, pad_to, tokens_of
+from ..core.block_selector import BlockConfig, BlockSelector
+from ..core.blocks import Grid, pad_to, tokens_of
 from ..core.call import AttentionCall
 from ..core.learned import Learned, ModelSizes
-from ..core.method import Method
-from ..core.selection import Selection
+from ..core.logits import biased, capped
 from ..errors import ConfigError
 from ..files.json_text import read_json
 from ..values import INT_END, Misfit, OutOfRange, PathText, fitted, shown
@@ -24,29 +24,22 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(kw_only=True)
-class VerticalSlashConfig(MethodConfig):
+class VerticalSlashConfig(BlockConfig):
     """Settings of `vertical_slash`; budgets in tokens or as a share of the prompt."""
 
     method: ClassVar[str] = "vertical_slash"
-    vertical: int | float = option(0.05, "columns kept, the first ones included", gt=0)
-    slash: int | float = option(0.1, "diagonals kept, the nearest ones included", gt=0)
+    vertical: int | float = option(0.05, "columns kept, the first ones included", gt=0, share=True)
+    slash: int | float = option(0.1, "diagonals kept, the nearest ones included", gt=0, share=True)
     head_config: PathText | None = option(None, "JSON file with (vertical, slash) tokens per layer and query head")
     estimate: int = option(64, "last queries whose attention is looked at", ge=1)
     sink: int = option(30, "first columns, always kept", ge=0)
     local: int = option(100, "nearest diagonals, always kept", ge=1)
     block_q: int = option(64, "queries per tile", ge=1)
     block_k: int = option(64, "neighbouring columns and diagonals chosen together; 1 chooses single ones", ge=1)
-    share: str = option("group", "who shares a choice: the heads of a KV group, no one, or all heads", choices=SHARES)
-    min_length: int = option(2048, "calls with fewer keys run dense", ge=0)
-
-    def validate(self) -> None:
-        for name in ("vertical", "slash"):
-            if wrong := check_budget(f"vertical_slash: {name}", getattr(self, name)):
-                raise ConfigError(wrong)
 
 
 @register_method
-class VerticalSlash(Method):
+class VerticalSlash(BlockSelector[VerticalSlashConfig]):
     """Attention of the last queries, summed down columns and along diagonals, says which of both to keep.
 
     MInference, arXiv 2407.02490; its published per-head budgets load with `head_config`, its fallback is the preset
@@ -56,18 +49,15 @@ class VerticalSlash(Method):
     choice add their attention up and take the largest budget among them.
     """
 
-    config_class = VerticalSlashConfig
     summary = "columns and diagonals seen by the last queries"
     paper = "https://arxiv.org/abs/2407.02490"
-    acts_in = frozenset({"prefill"})
     causality = "no"  # the last queries choose for all
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "minference": {"vertical": 1000, "slash": 6096, "share": "head"},
+        "minference": {"vertical": 1000, "slash": 6096, "head_sharing": "head"},
     }
 
     def __init__(self, config: VerticalSlashConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.settings = config
         if not self.given and config.head_config is not None:
             self.given = {"per_head": read_head_config(config.head_config)}
         self.per_head = self.given.get("per_head")
@@ -75,31 +65,24 @@ class VerticalSlash(Method):
     def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
         return {"per_head": Learned((sizes.layers, sizes.heads, 2), whole=True, ge=0, le=INT_END)}
 
-    def notes(self) -> list[str]:
-        return [f"vertical_slash: calls with fewer than {self.settings.min_length} keys run dense (min_length)"]
-
-    @torch.no_grad()
-    def select(self, call: AttentionCall) -> Selection | None:
-        s = self.settings
-        if call.Lk < s.min_length:
-            return None
-        grid, heads = Grid.of(call.layout, s.block_q, s.block_k), choosers(call.layout, s.share)
-        size = grid.block_k
-        columns, diagonals = (
-            pad_to(x.unflatten(1, (heads, -1)).sum(2), size, -1).unflatten(-1, (-1, size)).sum(-1)
-            for x in line_sums(call, min(s.estimate, call.Lq))
+    def scores(self, call: AttentionCall, grid: Grid) -> Tensor:
+        """Bool: a kept column or diagonal crosses tile and block."""
+        c, size = self.config, grid.block_k
+        columns, diagonals = (  # [B, H, nK]: bands of block_k lines
+            pad_to(self.sharing(line, grid).sum(2), size, -1).unflatten(-1, (-1, size)).sum(-1)
+            for line in line_sums(call, min(c.estimate, call.Lq))
         )
-        vertical, slash = self.budgets(call, heads)
-        vertical_kept = best_lines(columns, -(-vertical // size), -(-s.sink // size))
-        slash_kept = best_lines(diagonals, -(-slash // size), -(-s.local // size))
-        return kept_blocks(grid, vertical_kept[:, :, None] | crossed(slash_kept, grid))
+        vertical, slash = self.budgets(call, columns.shape[1])
+        kept_columns = best_lines(columns, -(-vertical // size), -(-c.sink // size))
+        kept_diagonals = best_lines(diagonals, -(-slash // size), -(-c.local // size))
+        return kept_columns[:, :, None] | crossed(kept_diagonals, grid)
 
     def budgets(self, call: AttentionCall, heads: int) -> tuple[Tensor, Tensor]:
         """Columns and diagonals per chooser, `[heads, 1]`, in tokens."""
         if self.per_head is not None:
             own = self.per_head[call.layer].to(call.q.device).unflatten(0, (heads, -1)).amax(1)
             return own[:, :1], own[:, 1:]
-        both = (tokens_of(x, call.Lk) for x in (self.settings.vertical, self.settings.slash))
+        both = (tokens_of(x, call.Lk) for x in (self.config.vertical, self.config.slash))
         vertical, slash = (torch.full((heads, 1), n, device=call.q.device) for n in both)
         return vertical, slash
 
@@ -125,9 +108,10 @@ def _weights_from_last(call: AttentionCall, heads: slice, keys: Tensor, start: i
     `keys [B, 1, D, Lk]` from last to first, in float32.
     """
     rows = stop - start
-    logits = call.q[:, heads, start:stop].float() * call.scale @ keys[..., call.Lq - stop :]
-    if call.softcap is not None:
-        logits = torch.tanh(logits / call.softcap) * call.softcap
+    logits = capped(call.q[:, heads, start:stop].float() * call.scale @ keys[..., call.Lq - stop :], call.softcap)
+    if call.bias is not None:
+        bias = call.bias[..., : call.off + stop].flip(-1)
+        logits = biased(logits, bias[:, heads] if bias.shape[1] > 1 else bias)
     future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device).triu(1).flip(-1)
     logits[..., :rows].masked_fill_(future, -torch.inf)
     return logits.softmax(-1)
@@ -158,7 +142,7 @@ def crossed(bands: Tensor, grid: Grid) -> Tensor:
     stop = (start + grid.block_k).clamp(max=grid.at.Lk) - 1
     low = ((grid.first[:, None] - stop) // grid.block_k).clamp(min=0)
     high = ((grid.last[:, None] - start) // grid.block_k + 1).clamp(min=0)
-    before = pad(bands.int().cumsum(-1), [1, 0])
+    before = pad(bands.int().cumsum(-1), [1, 0])  # [B, H, nK + 1]
     return before[..., high] > before[..., low.minimum(high)]
 
 
@@ -169,13 +153,13 @@ def read_head_config(path: str) -> Tensor:
         rows = [[layer[str(h)] for h in range(len(layer))] for layer in read_json(Path(path))]
         kinds = {row[0] for layer in rows for row in layer}
         budgets = [[fitted(row[1:3], list[int]) for row in layer] for layer in rows]
-        found = torch.tensor(budgets, dtype=torch.long)
+        per_head = torch.tensor(budgets, dtype=torch.long)
     except (ConfigError, OutOfRange, ValueError, LookupError, TypeError) as e:
         raise ConfigError(f"{where} cannot be read ({type(e).__name__}: {e}).") from e
     except Misfit as e:
         raise ConfigError(f"{where} cannot be read (budgets are whole numbers).") from e
     if kinds - {"vertical_and_slash"}:
         raise ConfigError(f"{where} asks for {sorted(map(shown, kinds))}; only vertical_and_slash is known.")
-    if found.ndim != 3 or found.shape[2] != 2 or bool((found < 0).any()):
+    if per_head.ndim != 3 or per_head.shape[2] != 2 or bool((per_head < 0).any()):
         raise ConfigError(f"{where} cannot be read (every head of every layer needs its kind and two budgets).")
-    return found
+    return per_head

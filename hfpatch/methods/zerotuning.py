@@ -63,7 +63,7 @@ def third_of(layer: int, num_layers: int) -> str:
 
 
 @register_method
-class ZeroTuning(Method):
+class ZeroTuning(Method[ZeroTuningConfig]):
     """a_0' = gamma a_0 / D, a_i' = a_i / D with D = 1 + (gamma - 1) a_0, for the first real token of each row.
 
     ZeroTuning, arXiv 2505.11739: the form on attention weights, applied to (out, lse) of any executor; scaling
@@ -72,13 +72,11 @@ class ZeroTuning(Method):
     are left alone: their window soon passes the initial token.
     """
 
-    config_class = ZeroTuningConfig
     summary = "rescaled attention to the initial token, per head"
     paper = "https://arxiv.org/abs/2505.11739"
 
     def __init__(self, config: ZeroTuningConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.settings = config
         self.gamma = self.given.get("gamma")
         self._by_layer = self.gamma is not None and self.gamma.dim() == 2
         self._columns: dict[tuple[int | None, torch.device], list[Columns]] = {}
@@ -89,10 +87,10 @@ class ZeroTuning(Method):
 
     def pick(self, layers: list[int]) -> list[int]:
         total = max(layers, default=0) + 1
-        return [n for n in layers if third_of(n, total) in self.settings.thirds]
+        return [n for n in layers if third_of(n, total) in self.config.thirds]
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
-        s, heads = self.settings, query_heads(model)
+        s, heads = self.config, query_heads(model)
         if heads is None:
             return
         if max(s.heads or [0]) >= heads:
@@ -117,7 +115,7 @@ class ZeroTuning(Method):
         return self._columns[key]
 
     def _head_factors(self, layer: int, heads: int) -> Tensor:
-        s = self.settings
+        s = self.config
         if self.gamma is not None:
             return (self.gamma if self.gamma.dim() == 1 else self.gamma[layer]).float()
         if s.gammas is not None:

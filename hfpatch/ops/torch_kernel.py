@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfpatch.core.logits import capped
 from hfpatch.ops.call import Problem
 from hfpatch.ops.merge import Part, lse_of
 
@@ -97,9 +98,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float,
     step = max(1, MATH_ELEMENTS // max(1, n * h * k.shape[2]))
     outs, lses = [], []
     for at in range(0, r, step):
-        logits = (q[:, :, at : at + step].to(acc) * scale) @ kt
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped((q[:, :, at : at + step].to(acc) * scale) @ kt, softcap)
         if mask is not None:
             logits = logits + mask[:, :, at : at + step]
         top = logits.detach().amax(-1, keepdim=True)

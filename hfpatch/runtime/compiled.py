@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.call import AttentionCall
+from ..core.logits import capped
 from ..core.method import Method
 from ..core.selection import SinkWindow
 from .cache_slot import has_room, layers_of
@@ -49,10 +50,7 @@ def _total(raw: RawCall) -> Any:
 def _attend(raw: RawCall, seen: Tensor) -> Tensor:
     groups = raw.q.shape[1] // raw.k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (raw.k, raw.v))
-    logits = (raw.q @ k.mT).float() * raw.scale
-    if raw.softcap is not None:
-        logits = raw.softcap * torch.tanh(logits / raw.softcap)
-    logits = logits.masked_fill(~seen, -torch.inf)
+    logits = capped((raw.q @ k.mT).float() * raw.scale, raw.softcap).masked_fill(~seen, -torch.inf)
     if raw.sinks is not None:
         column = raw.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]

@@ -1,8 +1,8 @@
 """An answer counts when it stands in the text as whole words and whole numbers, wherever one is looked for."""
 
 import pytest
-from hfpatch.evals.jobs import niah
 from hfpatch.evals.jobs import reader as reader_job
+from hfpatch.evals.jobs import task as task_job
 from hfpatch.evals.jobs.niah import NiahJob
 from hfpatch.evals.jobs.reader import ReaderJob
 from hfpatch.evals.run.cells import Cell, Session
@@ -80,7 +80,7 @@ def job_score(job, module, monkeypatch, model, tokenizer, told):
 
 
 @pytest.mark.parametrize(("told", "score"), ANSWERS)
-@pytest.mark.parametrize(("job", "module"), [(NiahJob, niah), (ReaderJob, reader_job)])
+@pytest.mark.parametrize(("job", "module"), [(NiahJob, task_job), (ReaderJob, reader_job)])
 def test_jobs_count_whole_numbers(job, module, told, score, monkeypatch, model, tokenizer):
     made = job([300], depths=[50], samples=1)
     assert job_score(made, module, monkeypatch, model, tokenizer, told) == score

@@ -7,14 +7,15 @@ import torch
 from hfpatch.evals.errors import EvaluationError, ExecutorMismatchError
 from hfpatch.evals.jobs import latency as bench
 from hfpatch.evals.jobs import memory
-from hfpatch.evals.jobs.latency import LatencyJob, Stopwatch, break_evens, time_once
+from hfpatch.evals.jobs.latency import LatencyJob, break_evens
 from hfpatch.evals.jobs.memory import MemoryJob
 from hfpatch.evals.run import backends
 from hfpatch.evals.run.cells import Cell, Session
 from hfpatch.evals.run.correctness import check_variant
 from hfpatch.evals.run.generation import generate_tokens, text_ids
 from hfpatch.evals.run.models import Loaded
-from hfpatch.evals.run.stats import apart, break_even, break_even_text, summarise
+from hfpatch.evals.run.stats import apart, break_even, break_even_text, interval, summarise
+from hfpatch.evals.run.timing import Stopwatch, time_once
 from hfpatch.evals.run.variants import parse_variants
 
 from hfpatch.ops import executors
@@ -62,6 +63,18 @@ def test_spread_is_quartiles_from_four_runs_on():
         "median": 3, "low": 2, "high": 4, "spread": "quartiles", "runs": [4, 1, 3, 2, 5],
     }  # fmt: skip
     assert summarise([3, 1, 2])["spread"] == "extremes"
+
+
+@pytest.mark.parametrize(
+    ("hits", "asked", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
+)
+def test_intervals_are_wilson_s(hits, asked, low, high):
+    assert interval(hits / asked, asked) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_intervals_of_what_is_no_share_hold_the_nearest_share():
+    assert interval(1e99, 4) == interval(1, 4) and interval(-3, 10**99) == (0.0, pytest.approx(0.0))
 
 
 def test_stopwatch_sees_the_prompt_and_every_token(session):

@@ -73,12 +73,12 @@ def test_scores_follow_the_text_and_record_the_question(model, tokenizer, monkey
     job = NiahJob([256], depths=[0, 100], samples=2, batch_size=3)
     session = Session("tiny", parse_variants(["streaming"], {"window": 32}))
     session.loaded = Loaded("tiny", model, tokenizer)
-    values = {s.prompt: s.value for s in job.build(session.loaded, 256, 0)}
+    values = {s.prompt: s.answers[0] for s in job.samples_of(session.loaded, 256, 0)}
 
     def answer(model, tokenizer, prompts, room):
         return [f" {values[p]}." if p.startswith(grammar.needle("", "")[:15]) else " 000000." for p in prompts]
 
-    monkeypatch.setattr("hfpatch.evals.jobs.niah.complete", answer)
+    monkeypatch.setattr("hfpatch.evals.jobs.task.complete", answer)
     results = {cell: job.run(cell, session) for cell in job.cells(session.variants)}
     rows = job.rows({cell: r.data for cell, r in results.items()})
     assert {(r["variant"], r["depth"]): r["score"] for r in rows} == {

@@ -14,11 +14,12 @@ import torch
 from hfpatch.evals.errors import EvaluationError
 from hfpatch.evals.recipe.build import build_run
 from hfpatch.evals.recipe.recipe import FOLDER, find_recipe, list_recipes, load_recipe
+from hfpatch.evals.report.read import read_results
 from hfpatch.evals.report.write import write_report
 from hfpatch.evals.run.cells import Cell, Session
 from hfpatch.evals.run.estimate import Speed, estimate
 from hfpatch.evals.run.models import Loaded
-from hfpatch.evals.run.results import Journal, read_results
+from hfpatch.evals.run.results import Journal
 from hfpatch.evals.run.runner import execute
 from hfpatch.evals.run.variants import parse_variants
 

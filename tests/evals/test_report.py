@@ -7,17 +7,20 @@ from io import StringIO
 
 import pytest
 from hfpatch.evals.errors import EvaluationError
+from hfpatch.evals.jobs.latency import ASPECTS, LatencyJob
+from hfpatch.evals.jobs.scores import SCORE
+from hfpatch.evals.jobs.view import Answer, TableCell
 from hfpatch.evals.recipe.build import build_run
 from hfpatch.evals.recipe.recipe import load_recipe
 from hfpatch.evals.report.compare import differences, print_comparison, values
 from hfpatch.evals.report.page import write_page
-from hfpatch.evals.report.plots import latency, look
-from hfpatch.evals.report.summary import headline, score_points, sentences
+from hfpatch.evals.report.plots import draw, look
+from hfpatch.evals.report.read import read_results
+from hfpatch.evals.report.summary import headline, lines, score_points, sentences, views
 from hfpatch.evals.report.tables import print_results
 from hfpatch.evals.report.write import write_report
-from hfpatch.evals.run.results import read_results
 from hfpatch.evals.run.runner import execute
-from hfpatch.evals.run.stats import memory_text, spread_text, time_text, tokens
+from hfpatch.evals.run.stats import interval, memory_text, spread_text, time_text, tokens
 from PIL import Image
 from rich.console import Console
 
@@ -76,21 +79,52 @@ def test_tables_fit_a_narrow_terminal_and_name_every_variant(out):
     text = told.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert len(re.findall(r"x dense, \d+/s", text)) == len(results["jobs"][3]["rows"])
-    assert "x dense" in text and "perplexity by position" in text and "needles found" in text
+    assert "x dense" in text and "Perplexity by position" in text and "needles found" in text
     assert text.count("streaming:window=32") >= 3
 
 
 def test_headline_takes_speed_of_the_longest_prompts_and_decode_density_of_decode_methods(out):
     results = read_results(out)
-    dense, streaming, quest = headline(results)
+    found = headline(results, views(results))
+    dense, streaming, quest = ({a.name: x.value(a) for a in x.answers} for x in found)
     latency = {(r["variant"], r["length"]): r for r in results["jobs"][3]["rows"]}
-    assert dense["ttft"] == 1.0 and streaming["ttft"] == latency["streaming:window=32", 257]["ttft_speedup"]
-    points = {p["variant"]: p for p in score_points(results)}
-    assert points["dense"]["density"] == 1.0 and points["quest:budget=16,min_length=0"]["density"] < 0.5
+    fast = latency["streaming:window=32", 257]["ttft_speedup"]
+    assert dense["prefill speed"] == 1.0 and streaming["prefill speed"] == fast
+    points = score_points(found)
+    assert points["dense"][1] == 1.0 and points["quest:budget=16,min_length=0"][1] < 0.5
     rows = [r for j in results["jobs"][:2] for r in j["rows"] if r["variant"] == "quest:budget=16,min_length=0"]
     assert all(r["density_prefill"] == 1.0 for r in rows)
-    assert len(sentences(results)) == 2 and sentences(results)[1].startswith("quest:budget=16,min_length=0 scores")
+    assert len(sentences(found)) == 2 and sentences(found)[1].startswith("quest:budget=16,min_length=0 scores")
     assert quest["memory"] == 1.0
+
+
+def test_needle_tables_carry_wilson_intervals_on_the_page_and_where_there_is_room(out):
+    results = read_results(out)
+    job = results["jobs"][0]
+    row = job["rows"][0]
+    assert (row["low"], row["high"]) == interval(row["score"], 1)
+    own = [r["score"] for r in job["rows"] if (r["variant"], r["length"]) == ("dense", 128)]
+    low, high = interval(sum(own) / 2, 2)
+    shown, small = f"{sum(own) / 2:.0%}", f"[{low * 100:.0f}-{high * 100:.0f}]"
+    assert views(results)[0].table.cells[0][1] == TableCell(shown, small)
+    write_report(results, out)
+    assert f"<td>{shown} <small>{small}</small></td>" in (out / "report.html").read_text()
+    for width, there in ((100, f"{shown} {small}"), (60, small), (40, shown)):
+        told = StringIO()
+        print_results({**results, "jobs": [job]}, Console(file=told, width=width), words=False)
+        assert there in told.getvalue() and max(map(len, told.getvalue().splitlines())) <= width
+        assert (small in told.getvalue()) == (width > 40)
+
+
+def test_changes_within_the_spreads_are_marked(out):
+    a, b = read_results(out), read_results(out)
+    for results, scores in ((a, 1.0), (b, 0.0)):
+        for r in results["jobs"][1]["rows"]:
+            r["score"], r["samples"] = scores, 2 if r["variant"] == "dense" else 20
+    told = StringIO()
+    print_comparison(a, b, ("first", "second"), Console(file=told, width=160))
+    marks = dict(re.findall(r"multi_key: score\W+(\S+) .* (\S+) points", told.getvalue()))
+    assert marks == {"dense": "~-100.0", "streaming:window=32": "-100.0", "quest:budget=16,min_length=0": "-100.0"}
 
 
 def test_comparison_shows_what_changed_and_what_was_made_differently(out):
@@ -105,7 +139,7 @@ def test_comparison_shows_what_changed_and_what_was_made_differently(out):
     assert "multi_key: score" in text and "12.5%" in text and "+100.0%" in text
     assert "numbers are in first only" in text and "against 9.9" in text
     assert text.count("dense") == 2 and differences(a, a) == []
-    assert values(a)[("niah: score", "dense", "128")] == sum(
+    assert values(a)[("niah: score", "dense", "128")].value == sum(
         r["score"] for r in a["jobs"][0]["rows"] if (r["variant"], r["length"]) == ("dense", 128)
     ) / 2  # fmt: skip
 
@@ -146,7 +180,7 @@ EDITS = {
     "jobs null": (("jobs",), None, "jobs must be a list, not null"),
     "jobs of numbers": (("jobs", 0), 5, "jobs[0] must be a mapping, not 5"),
     "no kind": (("jobs", 0, "kind"), ..., "jobs[0] needs 'kind'"),
-    "unknown kind": (("jobs", 0, "kind"), "speed", 'jobs[0].kind is "speed"; it must be one of niah'),
+    "unknown kind": (("jobs", 0, "kind"), "speed", 'jobs[0].kind is "speed"; it must be one of latency'),
     "label that leaves the folder": (("jobs", 0, "label"), "../x", "jobs[0].label"),
     "no rows": (("jobs", 0, "rows"), ..., "jobs[0] needs 'rows'"),
     "rows null": (("jobs", 0, "rows"), None, "jobs[0].rows must be a list"),
@@ -232,26 +266,29 @@ def test_many_variants_keep_colours_and_markers_apart_and_become_bars(tmp_path):
     spread = {"median": 1.0, "low": 1.0, "high": 1.0}
     rows = [
         {"variant": f"method {n}", "length": 64, "ttft": spread, "tpot": spread,
-         "ttft_speedup": 1.0, "tpot_speedup": 0.5}
+         "ttft_speedup": 1.0, "tpot_speedup": 0.5, "ttft_clear": True, "tpot_clear": True, "density_prefill": 1.0,
+         "density_decode": 1.0, "tokens_per_second": 1.0, "load_before": None}
         for n in range(12)
     ]  # fmt: skip
-    few = Image.open(latency(rows[:4], tmp_path / "few.png", "few")).size
-    many = Image.open(latency(rows, tmp_path / "many.png", "many")).size
+
+    def size(rows):
+        entry = {"label": "latency", "kind": "latency", "rows": rows, "settings": {"repeats": 1}, "break_even": []}
+        return Image.open(draw(LatencyJob.view(entry).plot, tmp_path / "plot.png", "x")).size
+
+    few, many = size(rows[:4]), size(rows)
     assert few != many and many[1] > few[1]
 
 
 def test_of_many_variants_those_that_stand_out_are_named():
     def row(name, score, ttft):
-        density = {"density_prefill": 1.0, "density_decode": 1.0}
-        return {"variant": name, "length": 64, "score": score, **density}, {
-            "variant": name, "length": 64, "ttft_speedup": ttft, "tpot_speedup": 0.9, "ttft_clear": ttft != 1.1,
-            "tpot_clear": True,
-        }  # fmt: skip
+        return [
+            Answer(SCORE, name, score), Answer(ASPECTS["ttft"], name, ttft, 64, ttft != 1.1),
+            Answer(ASPECTS["ttft"], name, 9.0, 32), Answer(ASPECTS["tpot"], name, 0.9, 64),
+        ]  # fmt: skip
 
-    made = [row("dense", 0.9, 1.0), row("fast", 0.9, 2.0), row("noise", 1.0, 1.1), row("bad", 0.2, 3.0)]
-    made += [row(f"slow {n}", 0.9, 0.5) for n in range(4)]
-    jobs = [{"kind": kind, "label": kind, "rows": [m[n] for m in made]} for n, kind in enumerate(("niah", "latency"))]
-    told = sentences({"variants": [{"name": m[0]["variant"], "acts_in": ["prefill"]} for m in made], "jobs": jobs})
+    made = {"dense": (0.9, 1.0), "fast": (0.9, 2.0), "noise": (1.0, 1.1), "bad": (0.2, 3.0)}
+    made |= {f"slow {n}": (0.9, 0.5) for n in range(4)}
+    told = sentences(lines(list(made), [a for name, values in made.items() for a in row(name, *values)]))
     assert told == [
         "6 of 7 variants score what dense scores, 90%, or more.", "Below it: bad with 20%.",
         "Of those that keep the score, these prefill clearly faster than dense: fast (2.00 x).",

@@ -9,37 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hfpatch.evals.jobs.latency import LatencyJob
-from hfpatch.evals.jobs.lm_eval import LmEvalJob
-from hfpatch.evals.jobs.memory import MemoryJob
-from hfpatch.evals.jobs.niah import NiahJob
-from hfpatch.evals.jobs.perplexity import PerplexityJob
-from hfpatch.evals.jobs.reader import ReaderJob
-from hfpatch.evals.jobs.task import TaskJob
 from hfpatch.evals.run.runner import Run
 from hfpatch.evals.run.variants import parse_variants
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
+from jobs_list import KINDS, VARIANTS
 
 from hfpatch import HfpatchError
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hfpatch-hypothesis")  # nothing is left in the checkout
 CPU_SECONDS = 20.0  # of one example; more is endless work
 
-RUN = Run(
-    "every kind", "embedded", parse_variants(["streaming:window=32", "quest"]),
-    [
-        NiahJob([64, 128], (0, 100), 1), ReaderJob([256], (50,), 1), TaskJob("multi_key", [64], 2, label="multi_key"),
-        PerplexityJob([128], 1, 2), LmEvalJob(["arc_easy"], 2), LatencyJob([64, 128], 2, 2), MemoryJob([64, 128]),
-    ],
-)  # fmt: skip
+RUN = Run("every kind", "embedded", parse_variants(VARIANTS[1:]), [kind.job for kind in KINDS])
 ENVIRONMENT = {
     "versions": {"hfpatch": "0.1.0", "torch": "2.7", "transformers": "5.2"}, "commit": None, "platform": "Linux",
     "device": "cpu", "device_name": "a CPU", "threads": 1,
 }  # fmt: skip
 MODEL = {"name": "embedded", "class": "LlamaForCausalLM", "parameters": 10**7, "dtype": "float32"}
-ATTENDED = {"question_in_sparse_part": True, "density_prefill": 0.5, "density_decode": 0.25, "fallbacks": {}}
 
 
 def runs(few: int) -> pytest.MarkDecorator:
@@ -84,31 +71,10 @@ def refused(call: Callable[[], Any]) -> str | None:
     return None
 
 
-def data_of(job: Any, cell: Any) -> dict[str, Any]:
-    """What a cell of the job could have found."""
-    spread = {"median": 0.5, "low": 0.4, "high": 0.6}
-    timed = {
-        **ATTENDED, "ttft": spread, "tpot": spread, "tokens_per_second": 2.0, "ttft_speedup": 1.0, "tpot_speedup": 1.5,
-        "ttft_clear": False, "tpot_clear": True, "check": None, "executors": ["torch"], "load_before": None,
-    }  # fmt: skip
-    point = {"score": 0.5, "samples": 1, "kept": None, "chunks": None, "seconds": 0.5, "busy_seconds": 0.5, "peak": 9}
-    return {
-        "niah": {"grid": [{"depth": d, "score": 1.0, "samples": 1} for d in (0.0, 1.0)], "tokens": 60.5, **ATTENDED},
-        "reader": {"grid": [{"depth": 0.5, **point}], "reads_in_chunks": False, "question_in_sparse_part": False},
-        "task": {"score": 0.5, "samples": 2, "seconds": 0.5, **ATTENDED},
-        "perplexity": {
-            "positions": [{"start": a, "stop": a + 64, "tokens": 64, "nll": 1.0, "perplexity": 2.7} for a in (0, 64)],
-            "samples": 1, **ATTENDED,
-        },
-        "lm-eval": {"task": "arc_easy", "metric": "acc", "score": 0.25, "samples": 2, **ATTENDED},
-        "latency": {"rows": [{"variant": v.name, **timed} for v in RUN.variants]},
-        "memory": {"peak_prefill": 900, "peak_decode": 800, "peak": 900, "baseline": 5, "how": "counted"},
-    }[job.kind]  # fmt: skip
-
-
 def record_of(job: Any, cell: Any) -> dict[str, Any]:
     """What the journal keeps of a cell."""
-    return {"data": data_of(job, cell), "samples": [{"output": "a\u2028b\x85"}], "seconds": 0.5, "model": MODEL}
+    found = next(kind for kind in KINDS if kind.job is job)
+    return {"data": found.data(job), "samples": [{"output": "a\u2028b\x85"}], "seconds": 0.5, "model": MODEL}
 
 
 NASTY: list[Any] = [

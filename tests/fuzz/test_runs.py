@@ -11,10 +11,11 @@ from hfpatch.evals.recipe.build import build_run
 from hfpatch.evals.recipe.recipe import load_recipe
 from hfpatch.evals.report.compare import print_comparison
 from hfpatch.evals.report.page import write_page
+from hfpatch.evals.report.read import read_results
 from hfpatch.evals.report.tables import print_results
 from hfpatch.evals.run import runner
 from hfpatch.evals.run.journal import Journal
-from hfpatch.evals.run.results import RESULTS, read_results
+from hfpatch.evals.run.results import RESULTS
 from hfpatch.evals.run.resume import check_done
 from hfpatch.evals.run.runner import write_results
 from hypothesis import given

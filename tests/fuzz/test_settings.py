@@ -98,7 +98,7 @@ OWN: dict[str, st.SearchStrategy[Any]] = {
     "sparse": st.sampled_from(["streaming", "block_topk", "dhsa", "quest"]),
     "sparse_settings": st.sampled_from([{}, {"window": 5}, {"budget": 0.5}]),
     "dense_layers": st.integers(0, 3),
-    "share_span": st.integers(0, 5),
+    "layer_sharing_span": st.integers(0, 5),
     "template": st.just("{context} {question}"),
     **dict.fromkeys(["predictor", "weights", "head_config"], st.none()),
 }

@@ -48,9 +48,9 @@ def chosen_mask(method: Method, call: AttentionCall) -> Tensor:
     return (method.select(call) or Causal()).mask(at).expand(at.B, at.Hq, at.Lq, at.Lk)
 
 
-def heads_of(call: AttentionCall, share: str) -> list[list[int]]:
+def heads_of(call: AttentionCall, head_sharing: str) -> list[list[int]]:
     """Query heads that choose together."""
-    n = {"group": call.Hkv, "head": call.Hq, "all": 1}[share]
+    n = {"group": call.Hkv, "head": call.Hq, "all": 1}[head_sharing]
     return [list(range(c * call.Hq // n, (c + 1) * call.Hq // n)) for c in range(n)]
 
 
@@ -64,12 +64,12 @@ def blocks_of(call: AttentionCall, block_k: int) -> list[list[int]]:
     return [list(range(a, min(a + block_k, call.Lk))) for a in range(0, call.Lk, block_k)]
 
 
-def mask_of(call: AttentionCall, choose: Any, share: str, block_q: int, block_k: int) -> Tensor:
+def mask_of(call: AttentionCall, choose: Any, head_sharing: str, block_q: int, block_k: int) -> Tensor:
     """Mask `[B, Hq, Lq, Lk]` from `choose(b, heads, tile, blocks) -> block numbers`, causality applied."""
     keep = torch.zeros(call.B, call.Hq, call.Lq, call.Lk, dtype=torch.bool)
     blocks = blocks_of(call, block_k)
     for b in range(call.B):
-        for heads in heads_of(call, share):
+        for heads in heads_of(call, head_sharing):
             for tile in tiles_of(call, block_q):
                 for m in choose(b, heads, tile, blocks):
                     keep[b, heads, tile[0] : tile[-1] + 1, blocks[m][0] : blocks[m][-1] + 1] = True
@@ -104,13 +104,14 @@ def kv(call: AttentionCall, head: int) -> int:
 
 
 def block_topk(
-    call: AttentionCall, budget: int | float, block_q: int, block_k: int, sink: int, window: int, share: str
-) -> Tensor:
+    call: AttentionCall, budget: int | float, block_q: int, block_k: int, sink_blocks: int, window_blocks: int,
+    head_sharing: str,
+) -> Tensor:  # fmt: skip
     """Softmax of mean query times mean keys over whole past blocks, averaged over the heads that share."""
 
     def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
         last = call.off + tile[-1]
-        always = forced(call, tile, blocks, sink, window)
+        always = forced(call, tile, blocks, sink_blocks, window_blocks)
         whole = [m for m, keys in enumerate(blocks) if len(keys) == block_k and keys[-1] <= call.off + tile[0]]
         score = dict.fromkeys(whole, 0.0)
         for h in heads:
@@ -123,7 +124,7 @@ def block_topk(
         rest = {m: x for m, x in score.items() if m not in always}
         return always | best(rest, math.ceil(tokens / block_k) - len(always))
 
-    return mask_of(call, choose, share, block_q, block_k)
+    return mask_of(call, choose, head_sharing, block_q, block_k)
 
 
 def tile_energies(call: AttentionCall, b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> dict:
@@ -145,10 +146,10 @@ def flash_prefill(
     alpha: float,
     block_q: int,
     block_k: int,
-    sink: int,
-    window: int,
+    sink_blocks: int,
+    window_blocks: int,
     last_blocks: int,
-    share: str,
+    head_sharing: str,
     budget: int | None = None,
 ) -> Tensor:
     """Blocks with S[J] >= alpha max S, sink, window; the last tiles dense; at most `budget` tokens."""
@@ -158,7 +159,7 @@ def flash_prefill(
     def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
         if tile[0] in dense:
             return set(range(len(blocks)))
-        always = forced(call, tile, blocks, sink, window)
+        always = forced(call, tile, blocks, sink_blocks, window_blocks)
         energy = tile_energies(call, b, heads, tile, blocks)
         keep = {m: s for m, s in energy.items() if s >= alpha * max(energy.values())}
         if budget is None:
@@ -166,10 +167,10 @@ def flash_prefill(
         rest = {m: s for m, s in keep.items() if m not in always}
         return always | best(rest, math.ceil(budget / block_k) - len(always))
 
-    return mask_of(call, choose, share, block_q, block_k)
+    return mask_of(call, choose, head_sharing, block_q, block_k)
 
 
-def quest(call: AttentionCall, budget: int, page: int, share: str) -> Tensor:
+def quest(call: AttentionCall, budget: int, page: int, head_sharing: str) -> Tensor:
     """Pages with the highest bound sum_d max(q_d min_d, q_d max_d), the last page among them, at least three."""
 
     def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
@@ -182,7 +183,7 @@ def quest(call: AttentionCall, budget: int, page: int, share: str) -> Tensor:
                 score[m] += sum(max(x * a, x * z) for x, a, z in zip(q, low, high, strict=True))
         return {len(blocks) - 1} | best(score, max(3, math.ceil(budget / page)) - 1)
 
-    return mask_of(call, choose, share, 1, page)
+    return mask_of(call, choose, head_sharing, 1, page)
 
 
 def pattern(call: AttentionCall, block: int, heads: int, rule: Any) -> Tensor:
@@ -222,13 +223,13 @@ def vertical_slash(
     local: int,
     block_q: int,
     block_k: int,
-    share: str,
+    head_sharing: str,
 ) -> Tensor:
     """Bands of block_k columns and diagonals by the last queries' attention; every block a kept line crosses."""
     n = -(-call.Lk // block_k)
     lines: dict[tuple[int, int], tuple[set[int], set[int]]] = {}
     for b in range(call.B):
-        for c, heads in enumerate(heads_of(call, share)):
+        for c, heads in enumerate(heads_of(call, head_sharing)):
             vertical, slash = dict.fromkeys(range(n), 0.0), dict.fromkeys(range(n), 0.0)
             for h in heads:
                 for i in range(max(0, call.Lq - estimate), call.Lq):
@@ -253,13 +254,14 @@ def vertical_slash(
                 out.add(m)
         return {m for m in out if m < len(blocks)}
 
-    return mask_of(call, choose, share, block_q, block_k)
+    return mask_of(call, choose, head_sharing, block_q, block_k)
 
 
 def xattention(
-    call: AttentionCall, mass: float, stride: int, block_q: int, block_k: int, sink: int, window: int, share: str
-) -> Tensor:
-    """Cells score with the sum of their antidiagonal over stride; softmax over cells; smallest set with `mass`."""
+    call: AttentionCall, top_p: float, stride: int, block_q: int, block_k: int, sink_blocks: int, window_blocks: int,
+    head_sharing: str,
+) -> Tensor:  # fmt: skip
+    """Cells score with the sum of their antidiagonal over stride; softmax over cells; smallest set with `top_p`."""
 
     def cells(b: int, h: int, tile: list[int]) -> Any:
         for a in range(tile[0], tile[-1] + 1, stride):
@@ -282,15 +284,15 @@ def xattention(
                     score[c * stride // block_k] += w
         out, total = set(), 0.0
         for m in sorted(score, key=lambda m: -score[m]):
-            if total < mass * sum(score.values()):
+            if total < top_p * sum(score.values()):
                 out.add(m)
             total += score[m]
-        return out | forced(call, tile, blocks, sink, window)
+        return out | forced(call, tile, blocks, sink_blocks, window_blocks)
 
-    return mask_of(call, choose, share, block_q, block_k)
+    return mask_of(call, choose, head_sharing, block_q, block_k)
 
 
-def skip_softmax(call: AttentionCall, threshold: float, block_q: int, block_k: int, share: str) -> Tensor:
+def skip_softmax(call: AttentionCall, threshold: float, block_q: int, block_k: int, head_sharing: str) -> Tensor:
     """A tile stays when some row has its maximum above the running maximum plus ln lambda."""
 
     def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
@@ -311,4 +313,4 @@ def skip_softmax(call: AttentionCall, threshold: float, block_q: int, block_k: i
                         out.add(m)
         return out
 
-    return mask_of(call, choose, share, block_q, block_k)
+    return mask_of(call, choose, head_sharing, block_q, block_k)

@@ -20,20 +20,22 @@ ALL: dict[str, Any] = {"min_length": 0}
 DHSA: dict[str, Any] = {"sink": 2, "local": 4, "budget": 40, "block_q": 4, "question_tokens": 0}
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("block_topk", {**ALL, "budget": 16, "block_q": 8, "block_k": 8},
-     ("block_q", "block_k", "sink", "window", "budget")),
-    ("flash_prefill", {**ALL, "block_q": 8, "block_k": 8, "last_blocks": 0, "sink": 1, "window": 1, "alpha": 0.9},
-     ("block_q", "block_k", "sink", "window", "last_blocks", "budget")),
+     ("block_q", "block_k", "sink_blocks", "window_blocks", "budget")),
+    ("flash_prefill",
+     {**ALL, "block_q": 8, "block_k": 8, "last_blocks": 0, "sink_blocks": 1, "window_blocks": 1, "alpha": 0.9},
+     ("block_q", "block_k", "sink_blocks", "window_blocks", "last_blocks", "budget")),
     ("vertical_slash", {**ALL, "block_q": 8, "block_k": 8, "sink": 2, "local": 2, "vertical": 4, "slash": 4},
      ("block_q", "block_k", "sink", "local", "vertical", "slash", "estimate")),
-    ("xattention", {**ALL, "stride": 1, "block_q": 8, "block_k": 8, "mass": 0.3},
-     ("block_q", "block_k", "sink", "window")),
+    ("xattention", {**ALL, "stride": 1, "block_q": 8, "block_k": 8, "top_p": 0.3},
+     ("block_q", "block_k", "sink_blocks", "window_blocks")),
     ("skip_softmax", {**ALL, "block_q": 8, "block_k": 8, "prefill": 0.3, "decode": 0.3}, ("block_q", "block_k")),
     ("quest", {**ALL, "budget": 8, "page": 4}, ("page", "budget")),
-    *(("pattern", {"pattern": p, "block": 4, "window": 1}, ("block", "window", "sink", "stride", "count", "slashes"))
+    *(("pattern", {"pattern": p, "block": 4, "window_blocks": 1},
+       ("block", "window_blocks", "sink_blocks", "stride", "count", "slashes"))
       for p in ("sliding", "slash", "dilated", "power", "s2")),
     ("streaming", {"sink": 2, "window": 8}, ("sink", "window", "last_queries")),
     *(("dhsa", {**DHSA, "boundaries": b},
-       ("chunk", "longest", "window", "radius", "question_tokens", "close_after", "budget"))
+       ("chunk", "longest", "boundary_window", "radius", "question_tokens", "close_after", "budget"))
       for b in ("fixed", "novelty", "oracle")),
 ]  # fmt: skip
 SETTINGS = [(name, base, field) for name, base, fields in CASES for field in fields]
@@ -67,7 +69,7 @@ def test_xattention_with_strides_and_blocks_beyond_the_prompt(sizes: tuple[int, 
     own = {"stride": stride, "block_q": block_q, "block_k": block_k}
     near = {k: min(v, 128) for k, v in own.items()}
     for shape in CALLS.values():
-        got, want = (looked_at(make_method("xattention", min_length=0, mass=0.3, **s), shape) for s in (own, near))
+        got, want = (looked_at(make_method("xattention", min_length=0, top_p=0.3, **s), shape) for s in (own, near))
         assert torch.equal(got[0], want[0]) and got[1] <= 1.2 * want[1]
 
 

@@ -17,7 +17,7 @@ SIZES = [(16, 16), (32, 8), (8, 16)]
 def test_equals_the_formula(shape, share, budget):
     call = make_call(SHAPES[shape], dv=24)
     for bq, bk in SIZES:
-        own = dict(budget=budget, block_q=bq, block_k=bk, sink=1, window=2, share=share)
+        own = dict(budget=budget, block_q=bq, block_k=bk, sink_blocks=1, window_blocks=2, head_sharing=share)
         method = make_method("block_topk", min_length=0, **own)
         assert torch.equal(chosen_mask(method, call), block_topk(call, **own))
         check_executors(method, call)
@@ -27,7 +27,7 @@ def test_equals_the_formula(shape, share, budget):
 def test_keep_all_is_dense(shape):
     call = make_call(SHAPES[shape])
     want = torch.ones(call.Lq, call.Lk, dtype=torch.bool).tril(call.off)
-    for settings in ({"budget": 1.0}, {"budget": 10**6}, {"mass": 1.0}):
+    for settings in ({"budget": 1.0}, {"budget": 10**6}, {"top_p": 1.0}):
         keep = chosen_mask(make_method("block_topk", min_length=0, block_q=16, block_k=8, **settings), call)
         assert torch.equal(keep, want.expand_as(keep))
 
@@ -39,7 +39,7 @@ def test_short_calls_are_dense():
 
 def test_bands_follow_the_paper():
     call = make_call(SHAPES["L257-mqa8"])
-    s = dict(block_q=16, block_k=16, sink=1, window=1, share="head", min_length=0, mass=0.8)
+    s = dict(block_q=16, block_k=16, sink_blocks=1, window_blocks=1, head_sharing="head", min_length=0, top_p=0.8)
     method = make_method("block_topk", bands=True, high=0.5, low=0.75, **s)
     grid = Grid(call.layout, 16, 16)
     q, k = block_means(call.q, 16), block_means(call.k, 16)

@@ -21,7 +21,7 @@ from hfpatch.methods.dhsa.score import score_chunks
 from hfpatch.methods.dhsa.table import ChunkTable
 
 SMALL: dict[str, Any] = {
-    "budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "radius": 3, "window": 2, "longest": 11,
+    "budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "radius": 3, "boundary_window": 2, "longest": 11,
     "question_tokens": 0, "close_after": 6,
 }  # fmt: skip
 HEADS = [(4, 4), (8, 2), (8, 1)]
@@ -46,7 +46,7 @@ def call(
 
 def by_loops(m: Dhsa, c: AttentionCall, starts: Tensor, ends: Tensor) -> Tensor:
     """The rule of the method, head by head and token by token: `[B, Hkv, Lq, Lk]`."""
-    s = m.settings
+    s = m.config
     keep = torch.ones(c.B, c.Hkv, c.Lq, c.Lk, dtype=torch.bool).tril(c.off)
     block = 1 if c.Lq == 1 else s.block_q
     stop = c.Lq if c.Lq == 1 else c.Lq - s.question_tokens
@@ -79,7 +79,7 @@ def by_loops_score(m: Dhsa, keys: dict, q: Tensor, upto: int) -> dict[tuple[int,
     """Score of every chunk for the queries `q [G, D]` of one group, which begin at token `upto`."""
     past = [span for span in keys if span[1] <= upto]
     mean = {span: k.mean(0) for span, k in keys.items()}
-    if m.settings.score == "mass":
+    if m.config.score == "mass":
         total = dict.fromkeys(keys, 0.0)
         for one in q:
             logit = {s: float(one @ mean[s] / 4 + (one / 4) ** 2 @ variance(k) / 2) for s, k in keys.items()}
@@ -87,7 +87,7 @@ def by_loops_score(m: Dhsa, keys: dict, q: Tensor, upto: int) -> dict[tuple[int,
             for span in keys:
                 total[span] += math.exp(logit[span]) / norm
         return total
-    common = torch.cat([keys[span] for span in past]).mean(0) if m.settings.score == "centered" and past else 0
+    common = torch.cat([keys[span] for span in past]).mean(0) if m.config.score == "centered" and past else 0
     return {(x, y): float(q.mean(0) @ (mean[x, y] - common)) * math.sqrt(y - x) for x, y in keys}
 
 
@@ -220,12 +220,12 @@ def test_early_needle_is_kept() -> None:
 
 
 def test_one_selection_for_all_heads() -> None:
-    m, c = method(heads="all"), call(111, 111, (8, 4))
+    m, c = method(head_sharing="all"), call(111, 111, (8, 4))
     got = m.select(c).mask(c.layout)
     averaged = AttentionCall(
         0, 1, "prefill", c.q.mean(1, keepdim=True), c.k.mean(1, keepdim=True), c.v[:, :1], 0.25, rows=c.rows
     )
-    own = method(boundaries="fixed", heads="all", score="mean")
+    own = method(boundaries="fixed", head_sharing="all", score="mean")
     assert got.shape[1] == 1
     assert torch.equal(own.select(c).mask(c.layout), own.select(averaged).mask(averaged.layout))
 
@@ -287,7 +287,7 @@ def test_rotary_bands_rank_what_one_band_sees() -> None:
 
 @pytest.mark.parametrize("share,span", [("boundaries", 0), ("selection", 0), ("selection", 2)])
 def test_layers_share_with_their_leader(share: str, span: int) -> None:
-    m = method(share=share, share_span=span)
+    m = method(layer_sharing=share, layer_sharing_span=span)
     m.prepare(torch.nn.Identity(), [1, 2, 3, 5])
     calls = [call(111, 111, seed=n) for n in range(4)]
     forward = Forward()

@@ -19,7 +19,16 @@ from hfpatch.ops import attend
 def test_equals_the_formula(shape, share, budget):
     call = make_call(SHAPES[shape], dv=24)
     for bq, bk in [(16, 16), (32, 8), (8, 16)]:
-        own = dict(alpha=0.5, block_q=bq, block_k=bk, sink=1, window=2, last_blocks=1, share=share, budget=budget)
+        own = dict(
+            alpha=0.5,
+            block_q=bq,
+            block_k=bk,
+            sink_blocks=1,
+            window_blocks=2,
+            last_blocks=1,
+            head_sharing=share,
+            budget=budget,
+        )
         method = make_method("flash_prefill", min_length=0, **own)
         assert torch.equal(chosen_mask(method, call), flash_prefill(call, **own))
         check_executors(method, call)
@@ -84,7 +93,15 @@ def test_mean_correction_equals_the_formula(shape, share, extra, monkeypatch):
     extra = {n: x[: shape[1]] if n == "sinks" else x for n, x in extra.items()}
     call = make_call(shape, dv=24, **extra)
     for bq, bk, last_blocks in [(8, 4, 1), (4, 8, 0)]:
-        own = dict(block_q=bq, block_k=bk, alpha=1.0, sink=1, window=1, last_blocks=last_blocks, share=share)
+        own = dict(
+            block_q=bq,
+            block_k=bk,
+            alpha=1.0,
+            sink_blocks=1,
+            window_blocks=1,
+            last_blocks=last_blocks,
+            head_sharing=share,
+        )
         method = make_method("flash_prefill", min_length=0, mean_correction=True, **own)
         keep = chosen_mask(method, call)
         assert int(keep.sum()) < 0.9 * call.layout.visible
@@ -97,7 +114,7 @@ def test_mean_correction_equals_the_formula(shape, share, extra, monkeypatch):
 def test_mean_correction_is_dense_on_constant_blocks():
     call = make_call((1, 4, 2, 128, 128))
     call = replace(call, **{n: getattr(call, n)[:, :, ::16].repeat_interleave(16, 2) for n in ("k", "v")})
-    own = dict(min_length=0, block_q=16, block_k=16, alpha=1.0, sink=0, window=1, last_blocks=0)
+    own = dict(min_length=0, block_q=16, block_k=16, alpha=1.0, sink_blocks=0, window_blocks=1, last_blocks=0)
     want = attend(call.q, call.k, call.v, selection=None, scale=call.scale)
     out, lse = corrected(call, make_method("flash_prefill", mean_correction=True, **own))
     assert (out - want.out).norm() <= 1e-5 * want.out.norm() and (lse - want.lse).norm() <= 1e-5 * want.lse.norm()
@@ -108,7 +125,7 @@ def test_mean_correction_is_dense_on_constant_blocks():
 def test_mean_correction_in_a_model():
     """It acts in the layer call, keeps padded rows right, and steps aside when another method narrows the call."""
     model, ids = tiny_model(), torch.arange(5, 105)[None]
-    own = dict(min_length=0, block_q=8, block_k=8, alpha=1.0, sink=0, window=1, last_blocks=0)
+    own = dict(min_length=0, block_q=8, block_k=8, alpha=1.0, sink_blocks=0, window_blocks=1, last_blocks=0)
     means = make_config("flash_prefill", {"mean_correction": True, **own})
 
     def logits(methods, **inputs):

@@ -7,13 +7,16 @@ from oracles import DECODES, SHAPES, check_executors, chosen_mask, make_call, ma
 from hfpatch.core.selection import Layout
 
 RULES = {
-    "sliding": (dict(window=3, sink=1), lambda h, i, j: i - j < 3 or j < 1),
+    "sliding": (dict(window_blocks=3, sink_blocks=1), lambda h, i, j: i - j < 3 or j < 1),
     "slash": (
-        dict(window=2, sink=1, stride=3, slashes=2),
+        dict(window_blocks=2, sink_blocks=1, stride=3, slashes=2),
         lambda h, i, j: i - j < 2 or j < 1 or i - j in (3, 6),
     ),
     "dilated": (dict(stride=2, count=4), lambda h, i, j: i - j in (0, 2, 4, 6)),
-    "power": (dict(window=3, sink=1), lambda h, i, j: i - j < 3 or j < 1 or i - j in (1, 2, 4, 8, 16, 32)),
+    "power": (
+        dict(window_blocks=3, sink_blocks=1),
+        lambda h, i, j: i - j < 3 or j < 1 or i - j in (1, 2, 4, 8, 16, 32),
+    ),
 }
 
 
@@ -33,7 +36,7 @@ def test_s2_shards_heads(shape, share):
     call = make_call({**SHAPES, **DECODES}[shape])
     heads = {"group": call.Hkv, "head": call.Hq, "all": 1}[share]
     step = max(1, 4 // heads)
-    method = make_method("pattern", pattern="s2", block=8, window=2, stride=4, share=share)
+    method = make_method("pattern", pattern="s2", block=8, window_blocks=2, stride=4, head_sharing=share)
     want = pattern(call, 8, heads, lambda h, i, j: i - j < 2 or (j + h * step + 1) % 4 == 0)
     assert torch.equal(chosen_mask(method, call), want)
     check_executors(method, call)

@@ -14,7 +14,7 @@ from hfpatch.methods.quest import Pages
 @pytest.mark.parametrize("page", [4, 16])
 def test_equals_the_formula(shape, share, page):
     call = make_call(DECODES[shape], dv=24)
-    method = make_method("quest", min_length=0, budget=32, page=page, share=share)
+    method = make_method("quest", min_length=0, budget=32, page=page, head_sharing=share)
     assert torch.equal(chosen_mask(method, call), quest(call, 32, page, share))
     check_executors(method, call)
 
@@ -65,7 +65,7 @@ def test_pages_are_reordered_and_rebuilt():
 
 
 def test_state_is_kept_and_may_vanish():
-    method = make_method("quest", min_length=0, budget=32, page=4, share="head")
+    method = make_method("quest", min_length=0, budget=32, page=4, head_sharing="head")
     full = make_call((1, 4, 2, 1, 130))
     states: dict = {}
     for n in range(100, 130):
@@ -131,7 +131,9 @@ def test_prefill_and_decode_methods_combine():
     model = zoo.SUPPORTED["llama"].build()
     ids = zoo.prompt(model, 1, 63)
     pair = [
-        make_method("flash_prefill", min_length=0, block_q=8, block_k=8, sink=1, window=1, alpha=0.9).config,
+        make_method(
+            "flash_prefill", min_length=0, block_q=8, block_k=8, sink_blocks=1, window_blocks=1, alpha=0.9
+        ).config,
         make_method("quest", min_length=0, budget=12, page=4).config,
     ]
     with patched(model, pair) as patch:

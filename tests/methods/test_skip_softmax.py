@@ -16,7 +16,9 @@ ALL = {**SHAPES, **DECODES}
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_equals_the_formula(shape, share, softcap):
     call = make_call(ALL[shape], dv=24, softcap=softcap)
-    method = make_method("skip_softmax", min_length=0, prefill=0.2, decode=0.2, block_q=4, block_k=8, share=share)
+    method = make_method(
+        "skip_softmax", min_length=0, prefill=0.2, decode=0.2, block_q=4, block_k=8, head_sharing=share
+    )
     keep = chosen_mask(method, call)
     assert torch.equal(keep, skip_softmax(call, 0.2, 4, 8, share))
     check_executors(method, call)

@@ -18,7 +18,7 @@ OWN = dict(estimate=16, sink=3, local=6)
 @pytest.mark.parametrize("sizes", [(1, 1), (8, 1), (16, 8), (8, 16)], ids=str)
 def test_equals_the_formula(shape, share, sizes):
     call = make_call(SHAPES[shape], dv=24)
-    own = dict(OWN, block_q=sizes[0], block_k=sizes[1], share=share)
+    own = dict(OWN, block_q=sizes[0], block_k=sizes[1], head_sharing=share)
     method = make_method("vertical_slash", min_length=0, vertical=12, slash=20, **own)
     assert torch.equal(chosen_mask(method, call), vertical_slash(call, [(12, 20)] * call.Hq, **own))
     if sizes != (1, 1):
@@ -43,7 +43,7 @@ def test_head_config(tmp_path):
     call = make_call(SHAPES["L111-gqa4"])
     path = head_file(tmp_path / "heads.json")
     for share, heads in (("head", range(8)), ("group", (3, 7))):
-        own = dict(OWN, block_q=8, block_k=4, share=share)
+        own = dict(OWN, block_q=8, block_k=4, head_sharing=share)
         method = make_method("vertical_slash", min_length=0, head_config=path, **own)
         want = vertical_slash(call, [(8 + 4 * h, 12 + call.layer) for h in heads], **own)
         assert torch.equal(chosen_mask(method, call), want)

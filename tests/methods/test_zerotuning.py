@@ -91,7 +91,7 @@ def test_initial_token_of_padded_rows(tiny: zoo.TinyModel, side: str, monkeypatc
 
 SPARSE: dict[str, dict[str, Any]] = {
     "streaming": {"sink": 2, "window": 8},
-    "flash_prefill": {"min_length": 0, "block_q": 16, "block_k": 16, "budget": 64, "window": 1, "last_blocks": 0},
+    "flash_prefill": {"min_length": 0, "block_q": 16, "block_k": 16, "budget": 64, "last_blocks": 0},
     "dhsa": {"budget": 64, "sink": 8, "local": 8, "block_q": 16, "question_tokens": 8},
 }
 

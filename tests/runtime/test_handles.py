@@ -21,7 +21,8 @@ from hfpatch.runtime.injection import RUNTIME
 
 STREAMING: dict[str, Any] = {"method": "streaming", "sink": 2, "window": 8}
 SHARED: dict[str, Any] = {
-    "method": "dhsa", "share": "selection", "budget": 24, "sink": 2, "local": 4, "block_q": 4, "question_tokens": 0,
+    "method": "dhsa", "layer_sharing": "selection", "budget": 24, "sink": 2, "local": 4, "block_q": 4,
+    "question_tokens": 0,
 }  # fmt: skip
 QUERIES: dict[str, Any] = {"method": "flux", "sparse_layers": "0-"}
 
@@ -168,7 +169,7 @@ def test_the_object_that_was_patched_may_go() -> None:
 
 
 def test_merged_adapters_keep_the_patch_and_its_undoing() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft, which nothing else needs, is not installed")
     model = peft.get_peft_model(fresh(), peft.LoraConfig(target_modules=["q_proj"]))
     patch_model(model, **STREAMING)
     merged = model.merge_and_unload()

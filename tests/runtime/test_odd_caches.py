@@ -13,6 +13,7 @@ import zoo
 from test_invariants import assert_close
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
 from hfpatch import patched
@@ -227,3 +228,20 @@ def test_room_is_static() -> None:
     dynamic.update(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), 0)
     assert has_room(static, 0, 8) and not has_room(static, 0, 5)
     assert not has_room(dynamic, 0, 8) and not has_room(static, None, 8)
+
+
+class Silent(DynamicLayer):
+    """A layer that holds something, but does not tell how many tokens it has seen."""
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError
+
+
+def test_a_layer_without_a_length_leaves_it_to_an_earlier_one() -> None:
+    keys, cache = torch.randn(1, 2, 5, 4), DynamicCache()
+    cache.layers = [DynamicLayer(), Silent(), Silent()]
+    for slot in range(3):
+        cache.update(keys, keys, slot)
+    assert [tokens_seen(cache, slot, slot, keys) for slot in range(3)] == [5, 5, 5]
+    cache.layers = cache.layers[1:]
+    assert tokens_seen(cache, 1, 1, keys) is None

@@ -128,7 +128,7 @@ def calibrate_dhsa(
         if advance is not None:
             advance()
     quality = run.validate(validation)
-    config = DhsaConfig(boundaries="predictor", threshold=quality.threshold, window=r.window, layers=layers)
+    config = DhsaConfig(boundaries="predictor", threshold=quality.threshold, boundary_window=r.window, layers=layers)
     tensors = {f"0.{name}": t for name, t in run.predictor.tensors().items()}
     name = getattr(getattr(model, "config", None), "name_or_path", None) or None
     PatchConfig([config], name, tensors).save_pretrained(out)

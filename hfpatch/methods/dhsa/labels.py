@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall
+from ...core.logits import causal, logits, weights
 
 EPS = 1e-6
 CHUNK_ELEMENTS = 1 << 22
@@ -54,16 +55,8 @@ def mass_ratio(call: AttentionCall, w: int = 4, sliding: int | None = None) -> T
 
 def _mean_map(call: AttentionCall, rows: Tensor) -> Tensor:
     """Attention weights `[B, R, Lk]` of queries `rows [R]`, averaged over heads, in float32."""
-    q = call.q[:, :, rows].float().unflatten(1, (call.Hkv, call.groups))
-    logits = call.scale * torch.einsum("bhgrd,bhkd->bhgrk", q, call.k.float())
-    if call.softcap is not None:
-        logits = torch.tanh(logits / call.softcap) * call.softcap
-    later = call.k_pos > (rows + call.off)[:, None]
-    logits = logits.masked_fill(later, -torch.inf)
-    if call.sinks is not None:
-        sinks = call.sinks.float().view(1, call.Hkv, call.groups, 1, 1).expand(*logits.shape[:-1], 1)
-        return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1].mean((1, 2))
-    return logits.softmax(-1).mean((1, 2))
+    every = logits(call.q[:, :, rows].float(), call.k.float(), scale=call.scale, softcap=call.softcap, bias=call.bias)
+    return weights(causal(every, rows + call.off, call.k_pos), call.sinks).mean(1)
 
 
 def targets(ratio: Tensor, beta: float = 2.0) -> Tensor:

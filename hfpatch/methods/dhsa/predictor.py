@@ -155,6 +155,6 @@ def load_predictor(name_or_path: str | Path) -> BoundaryPredictor:
         if PREFIX + "sizes" in own:
             own = {name: t for name, t in own.items() if name.startswith(PREFIX)}
             check_tensors(f"dhsa: {name_or_path}", own, BoundaryPredictor.learned(own), torch.float32)
-            if (found := BoundaryPredictor.of(own)) is not None:
-                return found
+            if (predictor := BoundaryPredictor.of(own)) is not None:
+                return predictor
     raise ConfigError(f"{name_or_path} holds no boundary predictor; make one with `hfpatch calibrate dhsa`.")

@@ -60,7 +60,7 @@ def _mass(q: Tensor, chunks: Chunks, upto: Tensor, scale: float, shared: bool) -
     """
     b, hq, n, _ = q.shape
     hkv = chunks.statistics.shape[1]
-    wanted = torch.cat([q * scale, chunks.rotary.fold(q.square()) * (0.5 * scale * scale)], -1)
+    wanted = torch.cat([q * scale, chunks.rotary.fold(q.square()) * (0.5 * scale * scale)], -1)  # [B, Hq, nQ, D + P]
     logits = (wanted.view(b, hkv, -1, wanted.shape[-1]) @ chunks.statistics.float().mT).view(b, hq, n, -1)
     past = (chunks.ends[:, None] <= upto[:, None])[:, None]
     weight = torch.where(past, chunks.length.log()[:, None, None], -torch.inf)

@@ -106,8 +106,8 @@ class ChunkTable:
         return Chunks(self.moments, *self.spans, self.rotary)
 
     def _stored(self, sums: Tensor, length: Tensor | int) -> Tensor:
-        found, dtype = spread(sums, length, self.rotary), self.moments.dtype
-        return found.clamp(max=min(torch.finfo(dtype).max, torch.finfo(found.dtype).max)).to(dtype)
+        stored, dtype = spread(sums, length, self.rotary), self.moments.dtype
+        return stored.clamp(max=min(torch.finfo(dtype).max, torch.finfo(stored.dtype).max)).to(dtype)
 
     def forget(self) -> None:
         """Drop the moments of closed chunks; they are measured anew, from the keys, when next asked for."""

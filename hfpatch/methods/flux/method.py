@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...config.layers import parse_layers
 from ...config.method_config import MethodConfig, option
-from ...config.registry import get_method, make_config, register_method
+from ...config.registry import get_method, make_config, register_method, resolve
 from ...core.call import AttentionCall
 from ...core.learned import Learned, ModelSizes
 from ...core.method import Method, check_compatible
@@ -45,13 +45,16 @@ class FluxConfig(MethodConfig):
         False, "where all rows of a layer go to streaming, keep only the keys it can see; needs a DynamicCache"
     )
 
+    def validate(self) -> None:
+        self.sparse_settings = resolve(self.sparse)[0].renewed(self.sparse_settings)
+
 
 def _shares_keys(model: Any) -> bool:
     return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
 
 
 @register_method
-class Flux(Method):
+class Flux(Method[FluxConfig]):
     """Routes per layer and per row of the batch at the first call of a cache, and keeps to it.
 
     Flux Attention, arXiv 2604.07394. The learned router follows the code: queries before RoPE, mean over both ends
@@ -61,14 +64,12 @@ class Flux(Method):
     layer and is meant for tests.
     """
 
-    config_class = FluxConfig
     summary = "routes whole layers to full or sparse attention, per prompt"
     paper = "https://arxiv.org/abs/2604.07394"
     stateful = True
 
     def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.settings = config
         settings = {**(_PAPER if config.sparse == "streaming" else {}), **config.sparse_settings}
         child_config = make_config(config.sparse, settings)
         child_class = get_method(child_config.method)
@@ -93,24 +94,24 @@ class Flux(Method):
 
     def _sees_a_window(self) -> bool:
         c = self.child
-        return isinstance(c, Streaming) and c.settings.phase == "both" and not c.settings.last_queries
+        return isinstance(c, Streaming) and c.config.phase == "both" and not c.config.last_queries
 
     @property
     def executor(self) -> str | None:
         return self.config.executor or self.child.config.executor
 
     def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
-        found = {"ranking": Learned((sizes.layers,))}
+        takes = {"ranking": Learned((sizes.layers,))}
         shapes = router_shapes(sizes.query_dim)
         for n in range(sizes.layers):
             names = {f"layer.{n}.{name}": shape for name, shape in shapes.items()}
-            found |= {name: Learned(shape, along=tuple(names)) for name, shape in names.items()}
-        return found
+            takes |= {name: Learned(shape, along=tuple(names)) for name, shape in names.items()}
+        return takes
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         check_given([self.child], model)
         self.child.prepare(model, layers)
-        s = self.settings
+        s = self.config
         if s.crop_cache and _shares_keys(model):
             raise UnsupportedModelError(
                 "flux: layers of this model read the keys of others, which crop_cache=True would drop; leave it out."
@@ -141,7 +142,7 @@ class Flux(Method):
             raise ConfigError(
                 "flux: router='entropy' needs a ranking of this model's layers; `hfpatch calibrate flux`."
             )
-        ranked, full = scores.tolist(), len(layers) - int(self.settings.sparsity * len(layers))
+        ranked, full = scores.tolist(), len(layers) - int(self.config.sparsity * len(layers))
         order = sorted(layers, key=lambda n: -ranked[n])
         return set(order[full:])
 
@@ -163,7 +164,7 @@ class Flux(Method):
         sparse = call.state.get("flux-sparse")
         if sparse is None or not bool(sparse.all()) or not isinstance(self.child, Streaming):
             return None
-        return SinkWindow(self.child.settings.sink, self.child.settings.window)
+        return SinkWindow(self.child.config.sink, self.child.config.window)
 
     @torch.no_grad()
     def _decide(self, call: AttentionCall) -> Tensor:
@@ -172,8 +173,8 @@ class Flux(Method):
             if call.q_pre_rope is None:
                 raise UnsupportedModelError(f"flux: layer {call.layer} gave no queries before RoPE.")
             router = self.routers[call.layer].to(call.q.device)
-            return router(pool_ends(call.q_pre_rope, self.settings.pool)).argmax(-1) != FULL
-        if self.settings.router == "oracle":
+            return router(pool_ends(call.q_pre_rope, self.config.pool)).argmax(-1) != FULL
+        if self.config.router == "oracle":
             return self._try_both(call)
         return torch.full((call.B,), call.layer in self._sparse_layers, device=call.q.device)
 
@@ -183,7 +184,7 @@ class Flux(Method):
         full = attend(call.q, call.k, call.v, selection=None, **common).out.float()
         sparse = attend(call.q, call.k, call.v, selection=selection, **common).out.float()
         error = (sparse - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)
-        return error <= self.settings.tolerance
+        return error <= self.config.tolerance
 
     def _count(self, call: AttentionCall, sparse: Tensor) -> None:
         chosen = sparse.tolist()
@@ -204,6 +205,6 @@ class Flux(Method):
             f"row {r}: " + "".join("s" if self.last[n].get(r) else "F" for n in sorted(self.last)) for r in rows
         )
         return [
-            f"flux routed {self.sparse_share():.0%} of layers to {self.settings.sparse}; by layer {per_layer}",
+            f"flux routed {self.sparse_share():.0%} of layers to {self.config.sparse}; by layer {per_layer}",
             f"flux, last prompts, one letter per layer (s sparse, F full): {samples}",
         ]

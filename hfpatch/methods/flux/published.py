@@ -17,10 +17,10 @@ _PARTS = {"cls_feat_extractor": "encoder", "cls_router_head_agnostic": "head"}
 
 def our_name(name: str) -> str | None:
     """`layer.N.part.I.weight` for the name of a router tensor in the paper's code, None for any other tensor."""
-    found = _NAME.search(name)
-    if found is None or found[2] not in _PARTS:
+    match = _NAME.search(name)
+    if match is None or match[2] not in _PARTS:
         return None
-    return f"layer.{found[1]}.{_PARTS[found[2]]}.{found[3]}.{found[4]}"
+    return f"layer.{match[1]}.{_PARTS[match[2]]}.{match[3]}.{match[4]}"
 
 
 def convert_routers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -29,35 +29,35 @@ def convert_routers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Untested on real checkpoints: written from the names and shapes in the paper's code. Early versions of that code
     had a smaller context encoder or a single logit; these are refused.
     """
-    found = {new: t.float() for name, t in tensors.items() if (new := our_name(name)) is not None}
-    if not found:
+    routers = {new: t.float() for name, t in tensors.items() if (new := our_name(name)) is not None}
+    if not routers:
         raise InputError(
             "No router was found; expected tensors named ...layers.N.self_attn.mask_allocator.cls_feat_extractor... "
             "and ...cls_router_head_agnostic..., as the paper's code saves them."
         )
-    layers = sorted({int(name.split(".")[1]) for name in found})
-    first = found.get(f"layer.{layers[0]}.encoder.0.weight")
+    layers = sorted({int(name.split(".")[1]) for name in routers})
+    first = routers.get(f"layer.{layers[0]}.encoder.0.weight")
     dim = 1 if first is None or first.ndim != 2 else first.shape[-1]
     want = {f"layer.{n}.{name}": shape for n in layers for name, shape in router_shapes(dim).items()}
-    wrong = sorted(set(found) ^ set(want)) + [n for n in found if n in want and tuple(found[n].shape) != want[n]]
+    wrong = sorted(set(routers) ^ set(want)) + [n for n in routers if n in want and tuple(routers[n].shape) != want[n]]
     if wrong:
-        shape = list(found[wrong[0]].shape) if wrong[0] in found else "missing"
+        shape = list(routers[wrong[0]].shape) if wrong[0] in routers else "missing"
         raise InputError(
             f"The routers have another form than D-8D-2D and 2D-4D-D-2 ({wrong[0]}: {shape}); hfpatch cannot use them."
         )
-    return found
+    return routers
 
 
 def read_published(folder: Path) -> dict[str, Tensor]:
     """Router tensors from the safetensors files of a downloaded checkpoint. Raises InputError."""
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                found |= {name: tensors.get_tensor(name) for name in tensors.keys() if our_name(name)}  # noqa: SIM118
+                named |= {name: tensors.get_tensor(name) for name in tensors.keys() if our_name(name)}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"{file} is not a readable safetensors file ({reason(error)}).") from error
-    return convert_routers(found)
+    return convert_routers(named)
 
 
 def projection_difference(folder: Path, model: nn.Module) -> float:

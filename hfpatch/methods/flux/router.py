@@ -71,5 +71,5 @@ class Routers(nn.Module):
 
 def router_shapes(dim: int | None) -> dict[str, tuple[int | None, ...]]:
     """The shapes of the parameters of a router that reads `dim` channels, by name; any when None."""
-    found = {name: t.shape for name, t in Router(dim or 1, "meta").named_parameters()}
-    return {name: (None,) * len(s) if dim is None else tuple(s) for name, s in found.items()}
+    shapes = {name: t.shape for name, t in Router(dim or 1, "meta").named_parameters()}
+    return {name: (None,) * len(s) if dim is None else tuple(s) for name, s in shapes.items()}

@@ -46,7 +46,7 @@ class GatedConfig(MethodConfig):
 
 
 @register_method
-class Gated(Method):
+class Gated(Method[GatedConfig]):
     """out_h -> out_h g_h(x), x the attention module's input at the query's position.
 
     Gated attention, arXiv 2505.06708 (position G1), a training-time architecture: trained gates come from
@@ -57,14 +57,12 @@ class Gated(Method):
     stay as they are.
     """
 
-    config_class = GatedConfig
     summary = "query-dependent gates on head outputs"
     paper = "https://arxiv.org/abs/2505.06708"
     trained = True
 
     def __init__(self, config: GatedConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.settings = config
         if not self.given and config.weights is not None:
             self.given = saved_gates(config.weights)
         self.gates: dict[int, dict[str, Tensor]] = {}
@@ -77,15 +75,15 @@ class Gated(Method):
 
     def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
         heads, wide = sizes.heads, sizes.heads and sizes.value_dim and sizes.heads * sizes.value_dim
-        if self.settings.form == "constant":
+        if self.config.form == "constant":
             return {f"layers.{n}.constant": Learned((heads,)) for n in range(sizes.layers)}
-        found: dict[str, Learned] = {}
+        takes: dict[str, Learned] = {}
         for n in range(sizes.layers):
             weight = f"layers.{n}.weight"
             rows = self.given[weight].shape[:1] if weight in self.given else (None,)
-            found[weight] = Learned((heads, sizes.hidden), (wide, sizes.hidden))
-            found[f"layers.{n}.bias"] = Learned(tuple(rows), along=(weight,))
-        return found
+            takes[weight] = Learned((heads, sizes.hidden), (wide, sizes.hidden))
+            takes[f"layers.{n}.bias"] = Learned(tuple(rows), along=(weight,))
+        return takes
 
     def pick(self, layers: list[int]) -> list[int]:
         return [n for n in layers if n in self.gates] if self.loaded else layers
@@ -99,7 +97,7 @@ class Gated(Method):
     def notes(self) -> list[str]:
         if self.loaded:
             return []
-        start = f"sigmoid({self.settings.start_bias:g})" if self.settings.form == "sigmoid" else "1"
+        start = f"sigmoid({self.config.start_bias:g})" if self.config.form == "sigmoid" else "1"
         return [f"gated: the gates are new, {start} everywhere; load or calibrate them"]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -114,7 +112,7 @@ class Gated(Method):
         if call.hidden is None:
             raise UnsupportedModelError("gated: the attention module was called without hidden states.")
         score = F.linear(call.hidden, gate["weight"], gate.get("bias")).sigmoid_()
-        if self.settings.form == "double":
+        if self.config.form == "double":
             score = score + score
         return out * score.view(*out.shape[:3], -1)
 
@@ -134,7 +132,7 @@ class Gated(Method):
         return self._moved[key]
 
     def _new(self, call: AttentionCall, channels: int) -> dict[str, Tensor]:
-        s, make = self.settings, call.q.new_full
+        s, make = self.config, call.q.new_full
         if s.form == "constant":
             return {"constant": make((call.Hq,), 1.0, dtype=torch.float32)}
         if call.hidden is None:

@@ -27,7 +27,7 @@ class _Watch(Method):
         self.views: dict[int, QuestionView] = {}
 
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
-        self.views[call.layer] = question_view(call.q[0], call.k[0], self.asked, call.scale, call.softcap, call.sinks)
+        self.views[call.layer] = question_view(call, 0, self.asked)
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def rank_layers(
     config: Any = model.config
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = settings.chunk_tokens if window is None else min(settings.chunk_tokens, window * 3 // 4)
-    found: dict[int, list[float]] = {}
+    reciprocals: dict[int, list[float]] = {}
     with patched_with(model, [watch]):
         for n in range(probes):
             rng = random.Random(f"probe-{seed}-{n}")
@@ -65,8 +65,8 @@ def rank_layers(
             batch = left_padded([prompt.ids([t for ids in said for t in ids])], 0, getattr(model, "device", None))
             model(**batch, use_cache=False, logits_to_keep=1)
             for layer, view in watch.views.items():
-                found.setdefault(layer, []).append(_reciprocal(view, len(prompt.head), said, place, settings))
-    ranked = [(layer, sum(places) / probes) for layer, places in found.items()]
+                reciprocals.setdefault(layer, []).append(_reciprocal(view, len(prompt.head), said, place, settings))
+    ranked = [(layer, sum(places) / probes) for layer, places in reciprocals.items()]
     return sorted(ranked, key=lambda pair: (-pair[1], pair[0]))
 
 

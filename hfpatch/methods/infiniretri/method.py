@@ -41,7 +41,7 @@ class InfiniRetriConfig(MethodConfig):
 
 
 @register_method
-class InfiniRetri(Method):
+class InfiniRetri(Method[InfiniRetriConfig]):
     """A loop around the model: read in chunks, keep sentences, answer from what was kept.
 
     InfiniRetri, arXiv 2502.12962. Only the question rows of the last of `layers` with full attention are needed: the
@@ -51,21 +51,19 @@ class InfiniRetri(Method):
     `.answer(found, tokenizer=...)` answers, and `.generate(context, question, ...)` does both.
     """
 
-    config_class = InfiniRetriConfig
     summary = "reads beyond the window in chunks, answers from the sentences it kept"
     paper = "https://arxiv.org/abs/2502.12962"
     acts_in = frozenset({"prefill"})
 
     def __init__(self, config: InfiniRetriConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.settings = config
         self._reading = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InfiniRetri":
-        return type(self)(self.settings)
+        return type(self)(self.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.settings,)
+        return type(self), (self.config,)
 
     def pick(self, layers: list[int]) -> list[int]:
         return layers[-1:]
@@ -76,13 +74,12 @@ class InfiniRetri(Method):
         if wanted is None:
             return
         for n, row in enumerate(call.rows):
-            view = question_view(call.q[n], call.k[n], wanted[row], call.scale, call.softcap, call.sinks)
-            self._reading.views[row] = view
+            self._reading.views[row] = question_view(call, n, wanted[row])
         if self._reading.stop and len(self._reading.views) == len(wanted):
             raise Seen
 
     def _reader(self, model: nn.Module, tokenizer: Any) -> Reader:
-        return Reader(model, tokenizer, self.settings, self._reading)
+        return Reader(model, tokenizer, self.config, self._reading)
 
     def retrieve(
         self,
@@ -140,4 +137,4 @@ class InfiniRetri(Method):
         """
         from .layers import rank_layers
 
-        return rank_layers(model, tokenizer, self.settings, question, probes, seed)
+        return rank_layers(model, tokenizer, self.config, question, probes, seed)

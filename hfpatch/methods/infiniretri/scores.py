@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ...core.call import AttentionCall
+from ...core.logits import causal, logits, weights
 
 
 class Seen(Exception):
@@ -39,18 +41,10 @@ class QuestionView:
         return padded.unfold(0, phrase, 1).sum(-1)
 
 
-def question_view(
-    q: Tensor, k: Tensor, nq: int, scale: float, softcap: float | None = None, sinks: Tensor | None = None
-) -> QuestionView:
-    """Attention of the last `nq` queries of `q [Hq, Lq, D]` over `k [Hkv, T, D]`, in float32, summed over heads."""
-    hq, hkv, total = q.shape[0], k.shape[0], k.shape[1]
-    rows = q[:, -nq:].float().reshape(hkv, hq // hkv * nq, -1)
-    logits = (scale * rows @ k.float().transpose(1, 2)).reshape(hq, nq, total)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    i = torch.arange(total - nq, total, device=q.device)[:, None]
-    logits = logits.masked_fill(torch.arange(total, device=q.device) > i, float("-inf"))
-    lse = logits.logsumexp(-1, keepdim=True)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.float()[:, None, None])
-    return QuestionView((logits - lse).exp().sum(0))
+def question_view(call: AttentionCall, row: int, nq: int) -> QuestionView:
+    """Attention of a row's last `nq` queries over all its keys, in float32, summed over heads."""
+    q, k = call.q[row : row + 1, :, -nq:].float(), call.k[row : row + 1].float()
+    bias = None if call.bias is None else call.bias[row : row + 1] if len(call.bias) > 1 else call.bias
+    every = logits(q, k, scale=call.scale, softcap=call.softcap, bias=bias)
+    seen = weights(causal(every, call.q_pos[-nq:], call.k_pos), call.sinks)  # [1, Hq, nq, T]
+    return QuestionView(seen[0].sum(0))

@@ -1,0 +1,108 @@
+"""What jobs that score answers share: shares with their Wilson intervals, and the score's place in the answer."""
+
+from collections.abc import Collection, Sequence
+from statistics import mean
+from typing import Any
+
+from ..run.stats import interval, tokens
+from .base import FLAG, NUMBER, TEXT, keys
+from .view import SHARE, Answer, Aspect, HeatMap, Number, Row, Table, TableCell, lengths_of, names_of
+
+ATTENDED = {"variant": TEXT, "question_in_sparse_part": FLAG, "density_prefill": NUMBER, "density_decode": NUMBER}
+INTERVALS = "In brackets: the 95 % Wilson interval of the share, in percent."
+
+
+def attended(**properties: Any) -> dict[str, Any]:
+    """The schema of a row with densities and these keys."""
+    return keys(**ATTENDED, **properties)
+
+
+def percent(value: float) -> str:
+    """A share as people write it."""
+    return f"{value:.0%}"
+
+
+SCORE = Aspect(
+    "score", "Score: share of answers that are right.", percent,
+    lambda own, dense, clear: f"scores {own:.0%} where dense scores {dense:.0%}",
+)  # fmt: skip
+DENSITY = Aspect(
+    "keys attended",
+    "Keys attended: how much of the attention map was computed; less is faster, if the executor makes use of it.",
+    percent, lambda own, dense, clear: f"attends to {own:.0%} of the keys",
+)  # fmt: skip
+
+
+def score_answers(rows: Sequence[Row], decode_only: Collection[str]) -> list[Answer]:
+    """Score and density of every row; the density in decoding for variants that act there alone."""
+    found = []
+    for r in rows:
+        phase = "density_decode" if r["variant"] in decode_only else "density_prefill"
+        found += [Answer(SCORE, r["variant"], r["score"]), Answer(DENSITY, r["variant"], float(r[phase]))]
+    return found
+
+
+def bounded(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with `low` and `high` of its score, where it has one."""
+    if not {"score", "samples"} <= row.keys():
+        return row
+    low, high = interval(row["score"], row["samples"])
+    return {**row, "low": low, "high": high}
+
+
+def pooled(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """Mean score of rows of as many samples each, and the interval of all their samples."""
+    score = mean(r["score"] for r in rows)
+    return score, *interval(score, sum(r["samples"] for r in rows))
+
+
+def interval_text(low: float, high: float) -> str:
+    """An interval of shares in percent."""
+    return f"[{low * 100:.0f}-{high * 100:.0f}]"
+
+
+def by_length(rows: Sequence[Row]) -> dict[tuple[str, int], tuple[float, float, float]]:
+    """Score, low and high per variant and length."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"], row["length"]), []).append(row)
+    return {key: pooled(own) for key, own in groups.items()}
+
+
+def score_numbers(rows: Sequence[Row]) -> list[Number]:
+    """Scores per variant and length, for comparing."""
+    return [
+        Number("score", name, tokens(length), score, SHARE, low, high)
+        for (name, length), (score, low, high) in by_length(rows).items()
+    ]
+
+
+def score_table(rows: Sequence[Row], title: str) -> Table:
+    """Scores by variant and length with their intervals, and the keys attended to at the greatest length."""
+    found, lengths = by_length(rows), lengths_of(rows)
+    body: list[list[str | TableCell]] = []
+    for name in names_of(rows):
+        scores = [found.get((name, n)) for n in lengths]
+        last = max((r for r in rows if r["variant"] == name), key=lambda r: r["length"])
+        body.append([
+            name, *(TableCell(percent(s[0]), interval_text(*s[1:])) if s else "" for s in scores),
+            f"{last['density_prefill']:.0%} / {last['density_decode']:.0%}",
+        ])  # fmt: skip
+    return Table(title, ["variant", *map(tokens, lengths), "keys attended"], body)
+
+
+def score_notes(rows: Sequence[Row]) -> list[str]:
+    """What the columns of a score table mean, and whether the question was prefilled under the patch."""
+    inside = list(dict.fromkeys(r["variant"] for r in rows if r["question_in_sparse_part"]))
+    told = f"inside the sparse part for {', '.join(inside)}" if inside else "under no sparse prefill"
+    longest = tokens(lengths_of(rows)[-1])
+    return [
+        INTERVALS, f"Keys attended: share in the prefill / in decoding, prompts of {longest} tokens.",
+        f"The question stands at the end of the one prompt, {told}.",
+    ]  # fmt: skip
+
+
+def score_map(rows: Sequence[Row], label: str) -> HeatMap:
+    """A panel per variant: score by depth and length."""
+    panels = {n: {(r["depth"], r["length"]): r["score"] for r in rows if r["variant"] == n} for n in names_of(rows)}
+    return HeatMap(panels, label)

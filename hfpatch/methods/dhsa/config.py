@@ -1,0 +1,88 @@
+"""Settings of `dhsa`, and what follows from a budget."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...config.common import phase
+from ...config.method_config import MethodConfig, option
+from ...errors import ConfigError
+from ...values import PathText
+from .score import RULES
+
+LEAST_BLOCK, MOST_BLOCK = 16, 256
+
+
+@dataclass(kw_only=True)
+class DhsaConfig(MethodConfig):
+    """Settings of `dhsa`; sizes in tokens."""
+
+    method: ClassVar[str] = "dhsa"
+    budget: int | float = option(2048, "tokens every query block may see, or a share of the keys", gt=0, share=True)
+    sink: int = option(64, "first tokens, always visible, inside the budget", ge=0)
+    local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
+    block_q: int | None = option(
+        None, "queries that share one list, their own tokens inside the budget; an eighth of it, 16 to 256", ge=1
+    )
+    boundaries: str = option("novelty", "where chunks begin", choices=("fixed", "novelty", "predictor", "oracle"))
+    chunk: int = option(16, "length of fixed chunks; of others the smallest mean length", ge=1)
+    longest: int = option(64, "longer chunks are split; 0 leaves them whole", ge=0)
+    boundary_window: int = option(4, "tokens compared on each side of a possible boundary", ge=1, old="window")
+    radius: int = option(4, "a boundary this close to a better one is dropped", ge=0)
+    threshold: float | None = option(None, "least boundary score (novelty 0..2, predictor logit, oracle ratio)")
+    head_sharing: str = option(
+        "group", "one selection per key-value group, or one for all heads", choices=("group", "all"), old="heads"
+    )
+    score: str = option("mass", "what chunks are ranked by; 'mean' is the paper's", choices=RULES)
+    question_tokens: int = option(64, "last queries of a prefill call, which attend densely", ge=0)
+    close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
+    align: int = option(1, "boundaries and lists are rounded to blocks of this many tokens", ge=1)
+    phase: str = phase()
+    layer_sharing: str = option(
+        "none", "what later layers take over", choices=("none", "boundaries", "selection"), old="share"
+    )
+    layer_sharing_span: int = option(
+        0, "patched layers that share with the first of them; 0 is all", ge=0, old="share_span"
+    )
+    predictor: PathText | None = option(
+        None, "folder or Hub id of a boundary predictor, or 'embedded' for the small model's"
+    )
+
+    def validate(self) -> None:
+        if isinstance(self.budget, int) and self.budget < self.least:
+            block = "block_q" if self.block_q else f"{self.least_block} queries"
+            raise ConfigError(
+                f"dhsa: budget={self.budget} has no room for sink + local + {block} = {self.least} tokens; "
+                "raise it or lower one of these."
+            )
+        if self.boundaries == "fixed" and self.chunk % self.align:
+            raise ConfigError(f"dhsa: chunk={self.chunk} must be a multiple of align={self.align}.")
+        if self.block_q and self.block_q % self.align:
+            raise ConfigError(f"dhsa: block_q={self.block_q} must be a multiple of align={self.align}.")
+
+    @property
+    def least(self) -> int:
+        """Tokens that are visible whatever they score, with the smallest blocks of queries."""
+        return self._around + self.least_block
+
+    @property
+    def least_block(self) -> int:
+        """Queries of the smallest block."""
+        return self.block_q or max(LEAST_BLOCK // self.align, 1) * self.align
+
+    @property
+    def _around(self) -> int:
+        return self.sink + self.local + (3 * self.align if self.align > 1 else 0)
+
+    def units(self, keys: int) -> int:
+        """Budget in units of `align` tokens for a call with `keys` keys."""
+        wanted = self.budget if isinstance(self.budget, int) else max(self.least, math.ceil(self.budget * keys))
+        return -(-wanted // self.align)
+
+    def block(self, units: int) -> int:
+        """Queries per block for a budget of `units`."""
+        if self.block_q:
+            return self.block_q
+        tokens = units * self.align
+        wanted = min(tokens // 8, tokens - self._around, MOST_BLOCK)
+        return max(wanted // self.align * self.align, self.least_block)
