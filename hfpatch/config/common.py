@@ -21,6 +21,11 @@ def min_length() -> int:
     return option(2048, "calls with fewer keys run dense", ge=0)
 
 
+def question_tokens(default: int = 0) -> int:
+    """Setting `question_tokens`."""
+    return option(default, "last queries of a prefill call, which attend densely", ge=0)
+
+
 def dense_layers(note: str = "") -> int:
     """Setting `dense_layers`: `Method.pick` leaves them out."""
     return option(0, "first decoder layers that stay dense" + note, ge=0)

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..config.common import head_sharing, min_length
+from ..config.common import head_sharing, min_length, question_tokens
 from ..config.method_config import MethodConfig, option
 from .blocks import Grid, choosers, kept_blocks
 from .call import AttentionCall
@@ -21,6 +21,7 @@ class BlockConfig(MethodConfig):
     block_q: int = option(128, "queries per tile", ge=1)
     block_k: int = option(128, "keys per block", ge=1)
     head_sharing: str = head_sharing()
+    question_tokens: int = question_tokens()
     min_length: int = min_length()
 
 
@@ -38,10 +39,14 @@ class BlockSelector(Method[B]):
 
     @torch.no_grad()
     def select(self, call: AttentionCall) -> Selection | None:
-        grid = None if self.too_short(call) else self.grid(call)
+        asking = self.config.question_tokens if call.phase != "decode" else 0
+        if self.too_short(call) or asking >= call.Lq:
+            return None
+        part = call.first(call.Lq - asking) if asking else call
+        grid = self.grid(part)
         if grid is None:
             return None
-        chosen, stop = self.choose(grid, self.scores(call, grid)), grid.at.Lq
+        chosen, stop = self.choose(grid, self.scores(part, grid)), grid.at.Lq
         return chosen if stop == call.Lq else Rows([(stop, chosen), (call.Lq, Causal())])
 
     def grid(self, call: AttentionCall) -> Grid | None:

@@ -100,6 +100,25 @@ def within_budget(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budge
     return BlockMap(best.indices, torch.minimum(best.counts, keep.sum(-1)), grid.block_q, grid.block_k)
 
 
+def top_p_blocks(
+    grid: Grid, mass: Tensor, forced: Tensor, p: float, floor: int = 0, budget: int | float | None = None
+) -> BlockMap:
+    """The forced blocks, then the best by `mass [B, H, nQ, nK]` until all kept hold `p` of it.
+
+    At least `floor` tokens are kept, and at most `budget` (tokens or a share of the visible keys), which gives way to
+    the floor and to `forced [nQ, nK]`.
+    """
+    ranked = mass.masked_fill(forced, torch.inf).masked_fill(~grid.visible, -torch.inf)
+    order = ranked.argsort(dim=-1, descending=True)  # [B, H, nQ, nK]
+    mass = mass.masked_fill(~grid.visible, 0.0).gather(-1, order)
+    counts = (mass.cumsum(-1) - mass < p * mass.sum(-1, keepdim=True)).sum(-1) if p < 1 else grid.visible.sum(-1)
+    least = torch.maximum(forced.sum(-1), grid.budget(floor))
+    if budget is not None:
+        counts = torch.minimum(counts, grid.budget(budget))
+    counts = torch.minimum(torch.maximum(counts, least), grid.visible.sum(-1)).expand(*order.shape[:3])
+    return BlockMap(order[..., : int(counts.max())], counts, grid.block_q, grid.block_k)
+
+
 def top_p(weights: Tensor, p: float) -> Tensor:
     """Bool like `weights [..., n]`: the smallest set of largest weights that reaches `p` times their sum."""
     if p >= 1:

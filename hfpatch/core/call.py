@@ -115,6 +115,19 @@ class AttentionCall:
         """Key positions `[Lk]`."""
         return torch.arange(self.Lk, device=self.q.device)
 
+    def first(self, count: int) -> "AttentionCall":
+        """The same call for its first `count` queries and the keys up to the last of them."""
+        stop = self.off + count
+        return replace(
+            self,
+            q=self.q[:, :, :count],
+            k=self.k[:, :, :stop],
+            v=self.v[:, :, :stop],
+            bias=None if self.bias is None else self.bias[..., :stop],
+            hidden=None if self.hidden is None else self.hidden[:, :count],
+            q_pre_rope=None if self.q_pre_rope is None else self.q_pre_rope[:, :count],
+        )
+
     def step(self, n: int) -> "AttentionCall":
         """The decode step of query `n`: it and the keys up to its own."""
         stop = self.off + n + 1

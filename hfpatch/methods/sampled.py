@@ -1,0 +1,95 @@
+"""Block-sparse prefill: a few real queries of every tile look at real keys and choose the tile's key blocks."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config.common import sink_blocks, window_blocks
+from ..config.method_config import option
+from ..config.registry import register_method
+from ..core.block_selector import BlockConfig, BlockSelector
+from ..core.blocks import Grid, block_means, pad_to, top_p_blocks
+from ..core.call import AttentionCall
+from ..core.logits import logits
+from ..core.selection import BlockMap
+from ..errors import ConfigError
+
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(kw_only=True)
+class SampledConfig(BlockConfig):
+    """Settings of `sampled`."""
+
+    method: ClassVar[str] = "sampled"
+    queries: int = option(4, "real queries per tile that choose for it, the last one among them", ge=1)
+    pool: int = option(1, "keys per mean that they look at; 1 is the keys themselves", ge=1)
+    top_p: float = option(0.9, "keep the fewest blocks with this share of the queries' attention", gt=0, le=1)
+    budget: int | float | None = option(
+        None,
+        "at most so many keys per tile (tokens or share), best first, but never fewer than `floor`",
+        gt=0,
+        share=True,
+    )
+    floor: int = option(512, "at least so many keys per tile, in tokens", ge=0)
+    block_q: int = option(64, "queries per tile", ge=1)
+    block_k: int = option(64, "keys per block", ge=1)
+    sink_blocks: int = sink_blocks(1)
+    window_blocks: int = window_blocks(2)
+
+    def validate(self) -> None:
+        if self.block_k % self.pool:
+            raise ConfigError(f"sampled: pool={self.pool} must divide block_k={self.block_k}.")
+        if isinstance(self.budget, int) and self.budget < self.floor:
+            raise ConfigError(
+                f"sampled: budget={self.budget} is below floor={self.floor}; raise one or lower the other."
+            )
+
+
+@register_method
+class Sampled(BlockSelector[SampledConfig]):
+    """Some queries of a tile attend densely; the blocks that get most of their attention are the tile's.
+
+    No paper: averaging the queries of a tile, as pooled scorers do, loses what few of them look for. Evenly spaced
+    queries against all keys cost `queries / block_q` of the products of dense attention; `pool` divides that. Heads
+    that share a choice add their attention up. Forced blocks count towards `top_p`.
+    """
+
+    summary = "key blocks by the attention of a few real queries per tile"
+
+    def scores(self, call: AttentionCall, grid: Grid) -> Tensor:
+        c = self.config
+        return self.sharing(sampled_mass(call, grid, c.queries, min(c.pool, grid.block_k)), grid).mean(2)
+
+    def choose(self, grid: Grid, scores: Tensor) -> BlockMap:
+        c = self.config
+        forced = grid.forced(c.sink_blocks, c.window_blocks)
+        return top_p_blocks(grid, scores, forced, c.top_p, c.floor, c.budget)
+
+
+def sampled_mass(call: AttentionCall, grid: Grid, queries: int, pool: int = 1) -> Tensor:
+    """Mean attention of `queries` evenly spaced queries per tile to each key block, `[B, Hq, nQ, nK]` in float32.
+
+    They look at means of `pool` keys, those whose last key they see; 0 where there is none.
+    """
+    at, n = grid.at, min(queries, grid.block_q)
+    k = call.k[:, :, : at.Lk]
+    keys = k.float() if pool == 1 else block_means(k, pool)  # [B, Hkv, m, D]
+    picks = (torch.arange(1, n + 1, device=k.device) * grid.block_q) // n - 1  # the last of each n-th of a tile
+    out = keys.new_zeros(call.B, call.Hq, grid.nq, grid.nk)
+    step = max(1, CHUNK_ELEMENTS // (call.B * call.Hq * n * keys.shape[2]))
+    for a in range(0, grid.nq, step):
+        z = min(a + step, grid.nq)
+        rows = torch.arange(a, z, device=k.device)[:, None] * grid.block_q + picks
+        rows = rows.clamp(max=at.Lq - 1).flatten()  # [tiles n]
+        first, seen = at.off + a * grid.block_q, -(-(at.off + min(z * grid.block_q, at.Lq)) // pool)
+        scored = logits(call.q[:, :, rows].float(), keys[:, :, :seen], scale=call.scale, softcap=call.softcap)
+        last = torch.arange(1, seen + 1, device=k.device) * pool - 1  # of the keys in a mean
+        sure = first // pool  # every query sees the means before
+        scored[..., sure:].masked_fill_(last[sure:] > (at.off + rows)[:, None], -torch.inf)
+        weights = pad_to(scored.softmax(-1).nan_to_num_(0.0), grid.block_k // pool, -1)
+        mass = weights.unflatten(-1, (-1, grid.block_k // pool)).sum(-1)  # [B, Hq, tiles n, blocks]
+        out[:, :, a:z, : mass.shape[3]] = mass.unflatten(2, (-1, n)).mean(3)
+    return out
