@@ -1,13 +1,13 @@
 # make demo   install and run the main job on the embedded model, offline
 # make test   install and run the tests
-# make coverage   the tests, and how much of each file they ran
+# make test COVERAGE=1   the same, with how much of each file they ran; half as long again
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test coverage test-slow test-newest test-floor models schema lint types wheel clean
+.PHONY: demo test test-slow test-newest test-floor models schema lint types wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,11 +19,7 @@ demo: $(STAMP)
 	$(BIN)/hfpatch demo --out out/demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
-
-# the same tests, with a table of the lines that none of them ran: half as long again, so CI runs this one
-coverage: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(if $(COVERAGE),--cov --cov-report=term)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import zoo
-from methods_list import METHODS
+from methods_list import METHODS, MethodCase
 from test_invariants import logits
 
 from hfpatch import BlockConfig, BlockSelector, Method, MethodConfig, get_method, list_methods, option, patched
@@ -109,3 +109,16 @@ def test_a_method_may_still_name_its_config_class() -> None:
         """Inherits what it does not say."""
 
     assert Old(OldConfig()).name == "old" and Older.config_class is OldConfig
+
+
+@pytest.mark.parametrize("case", [c for c in METHODS if issubclass(get_method(c.name), BlockSelector)], ids=str)
+def test_the_question_attends_densely_and_the_rest_as_without_it(case: MethodCase) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 63, 16), torch.randn(2, 2, 63, 16), torch.randn(2, 2, 63, 16)
+    call = AttentionCall(0, 1, "prefill", q, k, v, 0.25)
+    mask = made(case.name, **{**case.settings, "question_tokens": 9}).select(call).mask(call.layout)
+    assert bool(mask[:, :, 54:].eq(call.k_pos <= call.q_pos[54:, None]).all())
+    first = call.first(54)
+    alone = made(case.name, **{**case.settings, "question_tokens": 0}).select(first).mask(first.layout)
+    assert torch.equal(mask[:, :, :54, :54], alone) and not mask[:, :, :54, 54:].any()
+    assert made(case.name, **{**case.settings, "question_tokens": 63}).select(call) is None

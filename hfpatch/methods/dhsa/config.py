@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...config.common import phase
+from ...config.common import phase, question_tokens
 from ...config.method_config import MethodConfig, option
 from ...errors import ConfigError
 from ...values import PathText
@@ -34,7 +34,7 @@ class DhsaConfig(MethodConfig):
         "group", "one selection per key-value group, or one for all heads", choices=("group", "all"), old="heads"
     )
     score: str = option("mass", "what chunks are ranked by; 'mean' is the paper's", choices=RULES)
-    question_tokens: int = option(64, "last queries of a prefill call, which attend densely", ge=0)
+    question_tokens: int = question_tokens(64)
     close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
     align: int = option(1, "boundaries and lists are rounded to blocks of this many tokens", ge=1)
     phase: str = phase()
