@@ -97,6 +97,13 @@ METHODS = [
         "no",
         label="dhsa-aligned",
     ),
+    MethodCase(
+        "dhsa",
+        {**DHSA, "boundaries": "fixed", "score": "queries", "queries": 2},
+        {"budget": 1.0},
+        "tile",
+        label="dhsa-queries",
+    ),
     MethodCase("zerotuning", {"gamma": 3.0}, {"gamma": 1.0}),
     MethodCase("gated", {"form": "sigmoid", "start_bias": 1.0}, {"form": "double"}, refused=("qwen3_next",)),
     MethodCase("head_scale", {"heads": [[1, 0], [1, 3]], "factor": 0.3}, {"factor": 1.0}),

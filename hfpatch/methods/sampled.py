@@ -10,13 +10,11 @@ from ..config.common import sink_blocks, window_blocks
 from ..config.method_config import option
 from ..config.registry import register_method
 from ..core.block_selector import BlockConfig, BlockSelector
-from ..core.blocks import Grid, block_means, pad_to, top_p_blocks
+from ..core.blocks import Grid, pad_to, top_p_blocks
 from ..core.call import AttentionCall
-from ..core.logits import logits
+from ..core.sampling import sampled_weights
 from ..core.selection import BlockMap
 from ..errors import ConfigError
-
-CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(kw_only=True)
@@ -70,26 +68,10 @@ class Sampled(BlockSelector[SampledConfig]):
 
 
 def sampled_mass(call: AttentionCall, grid: Grid, queries: int, pool: int = 1) -> Tensor:
-    """Mean attention of `queries` evenly spaced queries per tile to each key block, `[B, Hq, nQ, nK]` in float32.
-
-    They look at means of `pool` keys, those whose last key they see; 0 where there is none.
-    """
-    at, n = grid.at, min(queries, grid.block_q)
-    k = call.k[:, :, : at.Lk]
-    keys = k.float() if pool == 1 else block_means(k, pool)  # [B, Hkv, m, D]
-    picks = (torch.arange(1, n + 1, device=k.device) * grid.block_q) // n - 1  # the last of each n-th of a tile
-    out = keys.new_zeros(call.B, call.Hq, grid.nq, grid.nk)
-    step = max(1, CHUNK_ELEMENTS // (call.B * call.Hq * n * keys.shape[2]))
-    for a in range(0, grid.nq, step):
-        z = min(a + step, grid.nq)
-        rows = torch.arange(a, z, device=k.device)[:, None] * grid.block_q + picks
-        rows = rows.clamp(max=at.Lq - 1).flatten()  # [tiles n]
-        first, seen = at.off + a * grid.block_q, -(-(at.off + min(z * grid.block_q, at.Lq)) // pool)
-        scored = logits(call.q[:, :, rows].float(), keys[:, :, :seen], scale=call.scale, softcap=call.softcap)
-        last = torch.arange(1, seen + 1, device=k.device) * pool - 1  # of the keys in a mean
-        sure = first // pool  # every query sees the means before
-        scored[..., sure:].masked_fill_(last[sure:] > (at.off + rows)[:, None], -torch.inf)
-        weights = pad_to(scored.softmax(-1).nan_to_num_(0.0), grid.block_k // pool, -1)
-        mass = weights.unflatten(-1, (-1, grid.block_k // pool)).sum(-1)  # [B, Hq, tiles n, blocks]
-        out[:, :, a:z, : mass.shape[3]] = mass.unflatten(2, (-1, n)).mean(3)
+    """Mean attention of `queries` queries per tile to each key block, `[B, Hq, nQ, nK]` in float32."""
+    out = torch.zeros(call.B, call.Hq, grid.nq, grid.nk, device=call.q.device)
+    wide = grid.block_k // pool  # means of a block
+    for first, weights in sampled_weights(call, 0, grid.at.Lq, grid.block_q, queries, pool):
+        mass = pad_to(weights.mean(3), wide, -1).unflatten(-1, (-1, wide)).sum(-1)  # [B, Hq, tiles, blocks]
+        out[:, :, first : first + mass.shape[2], : mass.shape[3]] = mass
     return out

@@ -5,9 +5,9 @@ import torch
 from oracles import SHAPES, check_executors, chosen_mask, heads_of, make_call, make_method, tiles_of
 from torch import Tensor
 
+from hfpatch.core import sampling as module
 from hfpatch.core.call import AttentionCall
 from hfpatch.errors import ConfigError
-from hfpatch.methods import sampled as module
 
 SMALL = {"L63-mha": (1, 4, 4, 63, 63), "L111-gqa4": (2, 8, 2, 111, 111), "chunk50of161": (1, 4, 2, 50, 161)}
 

@@ -33,7 +33,13 @@ class DhsaConfig(MethodConfig):
     head_sharing: str = option(
         "group", "one selection per key-value group, or one for all heads", choices=("group", "all"), old="heads"
     )
-    score: str = option("mass", "what chunks are ranked by; 'mean' is the paper's", choices=RULES)
+    score: str = option(
+        "mass",
+        "what chunks are ranked by: mean queries and keys, or a few real queries and all keys in prefill ('queries'); "
+        "'mean' is the paper's",
+        choices=RULES,
+    )
+    queries: int = option(4, "score='queries': real queries per query block that choose for it", ge=1)
     question_tokens: int = question_tokens(64)
     close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
     align: int = option(1, "boundaries and lists are rounded to blocks of this many tokens", ge=1)

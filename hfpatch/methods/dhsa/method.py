@@ -18,7 +18,7 @@ from .config import DhsaConfig
 from .finder import Finder
 from .predictor import BoundaryPredictor, load_predictor
 from .rotary import Rotary
-from .score import pool_queries, score_chunks
+from .score import Chunks, pool_queries, score_by_queries, score_chunks
 from .sharing import LayerSharing
 from .table import ChunkTable
 
@@ -115,8 +115,7 @@ class Dhsa(Method[DhsaConfig]):
             return None
         chunks = table.chunks(call.k, upto=off + stop - c.local)
         begin = torch.arange(off + dense, off + stop, block, device=call.q.device)  # [nQ]
-        q = pool_queries(call.q[:, :, dense:stop], block)  # [B, Hq, nQ, D]
-        score = score_chunks(q, chunks, c.score, begin, call.scale, c.head_sharing == "all")  # [B, H, nQ, C]
+        score = self._score(call, chunks, begin, dense, stop, block)  # [B, H, nQ, C]
         if call.Lq > off:  # most of a prompt: the moments would lie idle while the other layers work
             table.forget()
         room = self._room(begin, (begin + block).clamp(max=off + stop), units, call.Lk)
@@ -124,6 +123,14 @@ class Dhsa(Method[DhsaConfig]):
         parts: list[tuple[int, Selection]] = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
         return lists if len(parts) == 1 else Rows(parts)
+
+    def _score(self, call: AttentionCall, chunks: Chunks, begin: Tensor, start: int, stop: int, block: int) -> Tensor:
+        """Scores `[B, H, nQ, C]` of the query blocks between queries `start` and `stop`, at positions `begin [nQ]`."""
+        c, shared = self.config, self.config.head_sharing == "all"
+        if c.score == "queries" and block > 1:
+            return score_by_queries(call, chunks, start, stop, block, c.queries, shared)
+        q = pool_queries(call.q[:, :, start:stop], block)  # [B, Hq, nQ, D]
+        return score_chunks(q, chunks, "mass" if c.score == "queries" else c.score, begin, call.scale, shared)
 
     def _room(self, begin: Tensor, end: Tensor, units: int, keys: int) -> Room:
         """The budget of query blocks at positions `begin .. end`, both `[nQ]`."""

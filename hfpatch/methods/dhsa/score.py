@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ...core.call import AttentionCall
+from ...core.sampling import sampled_weights
 from .rotary import Rotary
 
-RULES = ("mass", "mean", "centered", "bands")
+RULES = ("mass", "queries", "mean", "centered", "bands")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,26 @@ def score_chunks(q: Tensor, chunks: Chunks, rule: str, upto: Tensor, scale: floa
         return _bands(pooled, keys, chunks.before(upto))
     score = pooled @ keys.mT
     return _centre(score, chunks, upto) if rule == "centered" else score
+
+
+def score_by_queries(
+    call: AttentionCall, chunks: Chunks, start: int, stop: int, block: int, queries: int, shared: bool = False
+) -> Tensor:
+    """Scores `[B, Hkv or 1, nQ, C]` of query blocks between `start` and `stop`, nothing averaged before softmax.
+
+    The logarithm of the attention per token of a chunk that `queries` real queries of a block pay, summed over the
+    heads that share the selection.
+    """
+    ends, heads = chunks.ends, 1 if shared else call.Hkv
+    out = torch.full((call.B, heads, -(-(stop - start) // block), ends.shape[1]), -torch.inf, device=ends.device)
+    length = chunks.length.clamp_min(1)[:, None, None]
+    for first, weights in sampled_weights(call, start, stop, block, queries):
+        mass = weights.mean(3).unflatten(1, (heads, -1)).sum(2)  # [B, H, tiles, seen]
+        upto = pad(mass.double().cumsum(-1), (1, 0))
+        edges = torch.stack([chunks.starts, ends]).clamp(max=mass.shape[3])[:, :, None, None]  # [2, B, 1, 1, C]
+        begin, end = (upto.gather(-1, e.expand(*mass.shape[:3], -1)) for e in edges)
+        out[:, :, first : first + mass.shape[2]] = ((end - begin).clamp_min(0).float() / length).log()
+    return out
 
 
 def _mass(q: Tensor, chunks: Chunks, upto: Tensor, scale: float, shared: bool) -> Tensor:
