@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hfpatch.core.blocks import Grid, capped, kept_blocks, top_blocks, top_mass
+from hfpatch.core.blocks import Grid, kept_blocks, top_blocks, top_p, within_budget
 from hfpatch.core.selection import Causal, Layout
 
 CALLS = [(40, 40), (40, 63), (9, 41), (1, 38)]  # queries, keys
@@ -55,17 +55,17 @@ def test_blocks_are_chosen_by_score_forced_ones_first(grid: Grid) -> None:
             assert chosen[0, head, tile].nonzero()[:, 0].tolist() == sorted(must.nonzero()[:, 0].tolist() + best)
     keep = score > 0.4
     assert torch.equal(kept_blocks(grid, keep).block_mask(grid.at), keep & grid.visible)
-    all_kept = capped(grid, score, keep, forced, None).block_mask(grid.at)
+    all_kept = within_budget(grid, score, keep, forced, None).block_mask(grid.at)
     assert torch.equal(all_kept, (keep | forced) & grid.visible)
-    few = capped(grid, score, keep, forced, 3 * grid.block_k).block_mask(grid.at)
+    few = within_budget(grid, score, keep, forced, 3 * grid.block_k).block_mask(grid.at)
     assert torch.equal(few & all_kept, few) and bool((few | ~forced).all())
     assert torch.equal(few.sum(-1), torch.minimum(all_kept.sum(-1), forced.sum(-1).clamp_min(3)))
 
 
 @pytest.mark.parametrize("mass", [0.2, 0.5, 0.9, 1.0])
-def test_top_mass_is_the_smallest_set_that_reaches_it(mass: float) -> None:
+def test_top_p_is_the_smallest_set_that_reaches_it(mass: float) -> None:
     weights = torch.rand(5, 12)
-    for row, keep in zip(weights, top_mass(weights, mass), strict=True):
+    for row, keep in zip(weights, top_p(weights, mass), strict=True):
         kept = row[keep].sort().values
         assert kept.sum() >= mass * row.sum() - 1e-6
         assert mass == 1.0 or kept[1:].sum() < mass * row.sum()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import hfpatch
 from hfpatch import get_patch, patch_model, patched, unpatch_model
 from hfpatch.api import HANDLE
-from hfpatch.ops import Attended, Problem, watched
+from hfpatch.ops import Problem, watched
 
 TOLERANCE = 1e-5
 LENGTH = 63
@@ -164,7 +164,7 @@ def test_reported_density_is_the_counted_one(tiny: zoo.TinyModel, case: MethodCa
     model = built(tiny.name)
     counted: list[int] = []
 
-    def count(problem: Problem, done: Attended) -> None:
+    def count(problem: Problem, out: Tensor, executor: str) -> None:
         at = problem.at
         counted.append(int(problem.selection.mask(at).expand(at.B, at.Hq, at.Lq, at.Lk).sum()))
 

@@ -20,7 +20,15 @@ LENGTH = 63
 SPARSE = {"sparse_settings": {"sink": 2, "window": 8}}
 GATED = [MethodCase("gated", {"form": form}, label=f"gated-{form}") for form in ("double", "sigmoid", "constant")]
 DHSA = {"budget": 24, "sink": 2, "local": 4, "block_q": 4, "question_tokens": 0}
-MEANS = {"min_length": 0, "block_q": 8, "block_k": 8, "alpha": 0.6, "last_blocks": 0, "sink": 1, "window": 1}
+MEANS = {
+    "min_length": 0,
+    "block_q": 8,
+    "block_k": 8,
+    "alpha": 0.6,
+    "last_blocks": 0,
+    "sink_blocks": 1,
+    "window_blocks": 1,
+}
 MORE = [
     MethodCase("flux", {"router": "oracle", "tolerance": 0.3, **SPARSE}, label="flux-oracle"),
     MethodCase("dhsa", {**DHSA, "boundaries": "oracle"}, label="dhsa-oracle"),

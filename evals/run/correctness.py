@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfpatch.ops import Attended, Problem, reference_of, watched
+from hfpatch.ops import Problem, reference_of, watched
 
 from ..errors import ExecutorMismatchError
 from .models import Loaded
@@ -35,27 +35,27 @@ class Check:
 def verified(check: Check) -> AbstractContextManager[None]:
     """Every executor call inside the block is run by `reference` too. Raises ExecutorMismatchError."""
 
-    def compare(problem: Problem, done: Attended) -> None:
+    def compare(problem: Problem, out: Tensor, executor: str) -> None:
         at = problem.at
         if at.B * at.Hq * at.Lq * at.Lk * 4 > REFERENCE_BYTES:
             check.too_big += 1
         else:
-            _compare(check, done, reference_of(problem)[0], problem.q)
+            _compare(check, out, executor, reference_of(problem)[0])
 
     return watched(compare)
 
 
-def _compare(check: Check, done: Attended, want: Tensor, q: Tensor) -> None:
-    check.tolerance = TOLERANCE.get(q.dtype, 1e-4)
+def _compare(check: Check, out: Tensor, executor: str, want: Tensor) -> None:
+    check.tolerance = TOLERANCE.get(out.dtype, 1e-4)
     scale = want.float().abs().max().clamp(min=1e-9)
-    error = float((done.out.float() - want.float()).abs().max() / scale)
+    error = float((out.float() - want.float()).abs().max() / scale)
     check.calls += 1
     check.error = max(check.error, error)
     if not error <= check.tolerance:
         raise ExecutorMismatchError(
-            f"Nothing is reported for {check.variant}: on this machine executor {done.executor!r} differs from the "
-            f"reference by {error:.1e} (at most {check.tolerance:.0e} is accepted) for q {list(q.shape)} in "
-            f"{str(q.dtype).removeprefix('torch.')}; name another with --set executor=..."
+            f"Nothing is reported for {check.variant}: on this machine executor {executor!r} differs from the "
+            f"reference by {error:.1e} (at most {check.tolerance:.0e} is accepted) for an output {list(out.shape)} in "
+            f"{str(out.dtype).removeprefix('torch.')}; name another with --set executor=..."
         )
 
 

@@ -14,7 +14,7 @@ from hfpatch.ops.call import Attended, Problem, check
 from hfpatch.ops.parts import leaves
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
-Watch = Callable[[Problem, Attended], None]
+Watch = Callable[[Problem, Tensor, str], None]
 
 
 class Supports(Protocol):
@@ -25,12 +25,16 @@ class Supports(Protocol):
 
 @dataclass(frozen=True)
 class Executor:
-    """A way to compute attention: `run(problem) -> (out [B, Lq, Hq, Dv], lse [B, Hq, Lq])`."""
+    """A way to compute attention: `run(problem) -> (out [B, Lq, Hq, Dv], lse [B, Hq, Lq])`.
+
+    `run_out` gives the output of those problems for which that is faster without the lse, None for others.
+    """
 
     name: str
     supports: Supports
     run: Run
     about: str = ""
+    run_out: Callable[[Problem], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,40 @@ def attend(
     problem = check(q, k, v, selection, scale, softcap, sinks, bias)
     chosen = choose(problem, executor)
     out, lse = chosen.run(problem)
-    done = Attended(out, lse, chosen.name)
+    _show(problem, out, chosen)
+    return Attended(out, lse, chosen.name)
+
+
+def attend_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    selection: Selection | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    executor: str | None = None,
+) -> tuple[Tensor, str]:
+    """The output of `attend` alone, and who ran it: faster where an executor can do without the lse."""
+    problem = check(q, k, v, selection, scale, softcap, sinks, bias)
+    chosen = choose(problem, executor)
+    out = None if chosen.run_out is None else chosen.run_out(problem)
+    if out is None:
+        out, _ = chosen.run(problem)
+    _show(problem, out, chosen)
+    return out, chosen.name
+
+
+def _show(problem: Problem, out: Tensor, chosen: Executor) -> None:
     for watch in _WATCHING:
-        watch(problem, done)
-    return done
+        watch(problem, out, chosen.name)
 
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
-    """Show every problem that `attend` runs inside the block, and what came of it, to `watch`."""
+    """Show every problem run inside the block to `watch`, with its output and the executor's name."""
     _WATCHING.append(watch)
     try:
         yield

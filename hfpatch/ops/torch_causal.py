@@ -13,23 +13,14 @@ SHORT = 2048
 
 
 def one_query(problem: Problem, kernel: Kernel) -> tuple[Tensor, Tensor] | None:
-    """`out [B, 1, Hq, Dv]`, `lse [B, Hq, 1]` of a decode step in one kernel call; None where that does not serve.
-
-    Query heads that share keys are rows of one block; in a batch of one, heads stand in for the batch, so that the
-    output lies as the model wants it.
-    """
-    q, k, v, dense = problem.q, problem.k, problem.v, isinstance(problem.selection, Causal)
+    """`out [B, 1, Hq, Dv]`, `lse [B, Hq, 1]` of a decode step in one kernel call; None where that does not serve."""
+    q, dense = problem.q, isinstance(problem.selection, Causal)
     if q.shape[2] != 1 or not dense or kernel.fused is None or problem.sinks is not None:
         return None
-    (b, hq, _, d), (_, hkv, lk, _), g, mask = q.shape, k.shape, problem.groups, None
+    (b, hq, _, d), (_, hkv, lk, _), g, mask = q.shape, problem.k.shape, problem.groups, None
     if problem.bias is not None:
         mask = column_mask(problem.bias, hkv, g)[:, :, 0].expand(b, hkv, g, lk)
-    if b == 1:
-        q, k, v = q.reshape(hkv, 1, g, d), k.transpose(0, 1), v.transpose(0, 1)
-        mask = None if mask is None else mask.transpose(0, 1)
-    else:
-        q = q.reshape(b, hkv, g, d)
-    out, lse = kernel.fused(q, k, v, mask, scale=problem.scale)
+    out, lse = kernel.fused(q.reshape(b, hkv, g, d), problem.k, problem.v, mask, scale=problem.scale)
     return out.reshape(b, 1, hq, -1), lse.reshape(b, hq, 1)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from ..core.call import AttentionCall
 from ..core.report import PhaseStats
 from ..core.reweight import Columns, as_bias, reweight
 from ..core.selection import Selection, intersect
-from ..ops import attend
+from ..ops import attend, attend_out
 from ..ops.torch_decode import beats_sdpa
 from .chain import Chain
 from .raw_call import RawCall
@@ -88,15 +89,20 @@ def _base(raw: RawCall, plans: Sequence[Plan], stats: PhaseStats) -> tuple[Tenso
 def attended(plan: Plan, stats: PhaseStats, audit: Audit | None = None) -> Tensor:
     """Output `[B, Lq, Hq, Dv]` of the plan's call by an executor, counted; the call then has its lse."""
     call, selection = plan.call, plan.selection
-    done = attend(
-        call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap,
-        sinks=call.sinks, bias=call.bias, executor=plan.chain.executor,
-    )  # fmt: skip
+    asked: Any = {
+        "selection": selection, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "bias": call.bias,
+        "executor": plan.chain.executor,
+    }  # fmt: skip
     seen: int | Tensor = call.visible
     if selection is not None:
         seen = selection.attended(call.layout)
     elif call.dropped:
         seen = call.layout.visible
+    if not plan.columns and not plan.chain.needs_lse and not (plan.chain.looks and selection is not None):
+        out, executor = attend_out(call.q, call.k, call.v, **asked)
+        stats.add(seen, call.visible, executor)
+        return out
+    done = attend(call.q, call.k, call.v, **asked)
     stats.add(seen, call.visible, done.executor)
     if audit is not None:
         audit.look(call, selection, done.out, done.lse)

@@ -1,5 +1,6 @@
 """Decode steps in one kernel call equal the general way, constant factors are a bias, and base attention gives way."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 from hfpatch import patched
 from hfpatch.core.call import AttentionCall
 from hfpatch.core.reweight import Columns, as_bias, reweight
-from hfpatch.ops import attend, torch_causal, torch_decode
-from hfpatch.ops.torch_decode import beats_sdpa
+from hfpatch.core.selection import SinkWindow
+from hfpatch.ops import attend, attend_out, executors, torch_decode, watched
+from hfpatch.ops.call import check
+from hfpatch.ops.torch_decode import beats_sdpa, one_query
 
 
 def call_of(
@@ -32,6 +35,14 @@ def run(call: AttentionCall, executor: str, bias: Tensor | None) -> tuple[Tensor
 
 
 SAME, VARIED = torch.full((6,), 3.0), torch.tensor([0.001, 0.5, 1.0, 2.0, 8.0, 100.0])
+
+
+def run_out(call: AttentionCall, bias: Tensor | None) -> Tensor:
+    out = one_query(check(call.q, call.k, call.v, None, call.scale, call.softcap, call.sinks, bias))
+    assert out is not None
+    return out
+
+
 FACTORS = {"same": SAME, "varied": VARIED}
 EXTRAS: dict[str, dict[str, Any]] = {
     "plain": {}, "softcap": {"softcap": 3.0}, "sinks": {"sinks": torch.linspace(-1, 1, 6)},
@@ -53,6 +64,9 @@ def test_constant_factors_are_a_bias(batch: int, hkv: int, extra: dict[str, Any]
         for got, expected in zip(run(call, "torch", bias), want, strict=True):
             assert got.shape == expected.shape
             assert_close(f"{lk} keys", got, expected)
+        if not extra:
+            assert_close(f"{lk} keys, without lse", run_out(call, bias), want[0])
+            assert_close(f"{lk} keys, dense", run_out(call, None), run(call, "reference", None)[0])
 
 
 def test_the_bias_of_a_call_and_factors_on_any_columns_add_up() -> None:
@@ -79,11 +93,33 @@ def test_a_factor_that_learns_keeps_its_gradient() -> None:
     assert factor.grad is not None and float(factor.grad.abs().max()) > 0
 
 
+def test_what_is_left_to_the_general_way() -> None:
+    for call in (call_of(1, softcap=5.0), call_of(1, sinks=torch.zeros(6)), call_of(1, dtype=torch.float64)):
+        assert one_query(check(call.q, call.k, call.v, None, 0.3, call.softcap, call.sinks, None)) is None
+    call = call_of(1)
+    assert one_query(check(call.q, call.k, call.v, SinkWindow(1, 4), 0.3, None, None, None)) is None
+    call.q.requires_grad_()
+    assert one_query(check(call.q, call.k, call.v, None, 0.3, None, None, None)) is None
+
+
+def test_output_alone_is_watched_and_falls_back() -> None:
+    seen = []
+    call = call_of(2)
+    with watched(lambda problem, out, executor: seen.append((out, executor))):
+        for extra in ({}, {"softcap": 3.0}, {"selection": SinkWindow(1, 4)}):
+            asked = {"selection": None, "scale": 0.3, **extra}
+            out, name = attend_out(call.q, call.k, call.v, **asked)
+            assert name == "torch" and seen[-1][0] is out and seen[-1][1] == "torch"
+            assert_close("out", out, attend(call.q, call.k, call.v, executor="reference", **asked).out)
+    assert len(seen) == 6
+
+
 def test_half_precision_keeps_the_factor() -> None:
     call = call_of(2, dtype=torch.bfloat16)
     bias, _ = as_bias(call, [Columns(slice(0, 1), VARIED, positive=True)])
     want = attend(call.q.float(), call.k.float(), call.v.float(), selection=None, scale=0.3, bias=bias).out
     assert_close("bfloat16", run(call, "torch", bias)[0].float(), want, 1e-2)
+    assert_close("bfloat16", run_out(call, bias).float(), want, 1e-2)
 
 
 def test_base_attention_gives_way_only_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +152,8 @@ def test_decoding_is_the_same_without_it(name: str, settings: dict[str, Any], mo
 
     got, ran = steps()
     assert ran == {"torch": 4}
-    monkeypatch.setattr(torch_causal, "one_query", lambda *_: None)
+    general = replace(executors._EXECUTORS["torch"], run_out=None)
+    monkeypatch.setitem(executors._EXECUTORS, "torch", general)
     monkeypatch.setattr("hfpatch.runtime.plans.beats_sdpa", lambda _: False)
     monkeypatch.setattr("hfpatch.runtime.plans.as_bias", lambda call, columns: (call.bias, columns))
     want, _ = steps()
