@@ -1,0 +1,80 @@
+"""DHSA's chunks ranked by real queries, against attention written out."""
+
+import pytest
+import torch
+from oracles import make_call, make_method
+from torch import Tensor
+
+from hfpatch.core import sampling
+from hfpatch.core.call import AttentionCall
+from hfpatch.methods.dhsa.rotary import Rotary
+from hfpatch.methods.dhsa.score import Chunks, score_by_queries
+
+SHAPES = {"L63-gqa2": (2, 4, 2, 63, 63), "chunk50of161": (1, 8, 2, 50, 161)}
+
+
+def chunks_of(call: AttentionCall) -> Chunks:
+    """Ragged chunks of 3 to 9 tokens, an empty one at the end of each row."""
+    starts = [sorted({0, *range(3 + row, call.Lk, 7 + row)}) for row in range(call.B)]
+    wide = max(map(len, starts)) + 1
+    begin = torch.tensor([s + [call.Lk] * (wide - len(s)) for s in starts])
+    end = torch.cat([begin[:, 1:], torch.full((call.B, 1), call.Lk)], 1)
+    return Chunks(torch.zeros(call.B, call.Hkv, wide, 24), begin, end, Rotary())
+
+
+def weights_of(call: AttentionCall) -> Tensor:
+    s = call.scale * call.q @ call.k.repeat_interleave(call.groups, 1).mT
+    return s.masked_fill(call.k_pos > call.q_pos[:, None], -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("block,queries,start,stop", [(16, 4, 0, 50), (8, 8, 5, 45), (32, 1, 16, 50)])
+def test_equals_the_mean_attention_per_token(
+    shape: str, shared: bool, block: int, queries: int, start: int, stop: int
+) -> None:
+    call = make_call(SHAPES[shape])
+    chunks, weights = chunks_of(call), weights_of(call)
+    got = score_by_queries(call, chunks, start, stop, block, queries, shared)
+    heads = 1 if shared else call.Hkv
+    for n, first in enumerate(range(start, stop, block)):
+        rows = [min(first + (m + 1) * block // queries - 1, stop - 1) for m in range(queries)]
+        mean = weights[:, :, rows].mean(2).unflatten(1, (heads, -1)).sum(2)  # [B, H, Lk]
+        last = call.off + min(first + block, stop)
+        for b in range(call.B):
+            for c, (a, z) in enumerate(zip(chunks.starts[b].tolist(), chunks.ends[b].tolist(), strict=True)):
+                if a < z <= last:
+                    torch.testing.assert_close(
+                        got[b, :, n, c].exp(), mean[b, :, a:z].sum(-1) / (z - a), rtol=1e-4, atol=1e-7
+                    )
+                elif a >= last:
+                    assert bool(got[b, :, n, c].isneginf().all())
+
+
+def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make_call(SHAPES["chunk50of161"])
+    want = score_by_queries(call, chunks_of(call), 0, 50, 8, 3)
+    monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", 1)
+    assert torch.equal(score_by_queries(call, chunks_of(call), 0, 50, 8, 3), want)
+
+
+def test_what_one_query_looks_for_is_kept() -> None:
+    """The mean query of its block points elsewhere."""
+    call = make_call((1, 1, 1, 256, 256), dim=32)
+    call.q.mul_(0.1)
+    wanted = torch.nn.functional.one_hot(torch.tensor(3), 32) * 6.0
+    call.k[0, 0, 40], call.q[0, 0, 255] = wanted, wanted
+    common = {
+        "budget": 72,
+        "sink": 0,
+        "local": 0,
+        "block_q": 64,
+        "boundaries": "fixed",
+        "chunk": 8,
+        "question_tokens": 0,
+    }
+    kept = {}
+    for score in ("queries", "mass"):
+        selection = make_method("dhsa", score=score, **common).select(call)
+        kept[score] = bool(selection.mask(call.layout)[0, 0, 255, 40])
+    assert kept == {"queries": True, "mass": False}
