@@ -31,13 +31,18 @@ class Audit:
     def __post_init__(self) -> None:
         self._random = torch.Generator().manual_seed(self.seed)
 
+    def look_dense(self, call: AttentionCall) -> None:
+        """Count a call that sees all keys."""
+        key = (call.layer, call.phase)
+        self.dense[key] = self.dense.get(key, 0) + 1
+
     @torch.no_grad()
     def look(self, call: AttentionCall, selection: Selection | None, out: Tensor, lse: Tensor) -> None:
         """Compare `out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]` of a call with dense attention at some of its queries."""
-        key = (call.layer, call.phase)
         if selection is None:
-            self.dense[key] = self.dense.get(key, 0) + 1
+            self.look_dense(call)
             return
+        key = (call.layer, call.phase)
         rows = self._pick(call)
         wanted, wanted_lse = dense_rows(call, rows)
         got = out[:, rows].transpose(1, 2).float()  # [B, Hq, R, Dv]
