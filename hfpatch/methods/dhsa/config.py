@@ -39,7 +39,9 @@ class DhsaConfig(MethodConfig):
         "'mean' is the paper's",
         choices=RULES,
     )
-    queries: int = option(4, "score='queries': real queries per query block that choose for it", ge=1)
+    queries: int | None = option(
+        None, "score='queries': real queries per query block that choose for it; one in 16 when None", ge=1
+    )
     question_tokens: int = question_tokens(64)
     close_after: int = option(64, "generated tokens after which their chunk is closed; 0 keeps one", ge=0)
     align: int = option(1, "boundaries and lists are rounded to blocks of this many tokens", ge=1)

@@ -128,7 +128,7 @@ class Dhsa(Method[DhsaConfig]):
         """Scores `[B, H, nQ, C]` of the query blocks between queries `start` and `stop`, at positions `begin [nQ]`."""
         c, shared = self.config, self.config.head_sharing == "all"
         if c.score == "queries" and block > 1:
-            return score_by_queries(call, chunks, start, stop, block, c.queries, shared)
+            return score_by_queries(call, chunks, start, stop, block, c.queries or -(-block // 16), shared)
         q = pool_queries(call.q[:, :, start:stop], block)  # [B, Hq, nQ, D]
         return score_chunks(q, chunks, "mass" if c.score == "queries" else c.score, begin, call.scale, shared)
 
