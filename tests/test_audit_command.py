@@ -133,7 +133,7 @@ BAD = {
     "new tokens": (["-p", "streaming", "--new-tokens", "-1"], "--new-tokens -1 is out of range"),
     "text": (["-p", "streaming", "--text", "no-such.txt"], "cannot be read"),
     "binary": (["-p", "streaming", "--text", "BINARY"], "it is not UTF-8"),
-    "empty": (["-p", "streaming", "--text", "EMPTY"], "too few"),
+    "empty": (["-p", "streaming", "--text", "EMPTY"], "of so few"),
     "dtype": (["-p", "streaming", "--dtype", "int3"], "dtype 'int3'"),
     "device": (["-p", "streaming", "--device", "toaster"], "no device 'toaster'"),
     "out": (["-p", "streaming", "--out", "EMPTY"], "Cannot write"),

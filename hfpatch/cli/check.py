@@ -118,7 +118,7 @@ def prompt_ids(loaded: Any, length: int, text: Path | None) -> Any:
         return text_ids(loaded, length)
     ids = loaded.tokenizer(_read_text(text), return_tensors="pt")["input_ids"][:, :length].to(loaded.device)
     if ids.shape[1] < 2:
-        raise ConfigError(f"{text} holds {ids.shape[1]} tokens, which are too few; name a longer text.")
+        raise ConfigError(f"{text} holds {ids.shape[1]} tokens; nothing can be drawn or audited of so few.")
     return ids
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .audit_rows import CHUNK_ELEMENTS, row_logits, with_sinks
+from .audit_rows import row_logits, with_sinks
 from .call import AttentionCall
 from .row_mask import row_mask
 from .selection import BlockMap, Both, Causal, Predicate, Rows, Selection, SinkWindow
@@ -56,7 +56,7 @@ def tile_masses(call: AttentionCall, selection: Selection, query: int) -> tuple[
     The share of a sink logit is kept in any case.
     """
     tile = tile_of(call, selection, query)
-    mass, always = block_masses(call, tile)
+    mass, always = block_masses(call.first(tile.stop), tile)
     kept = (mass * tile.keep).sum(-1) + always
     if not tile.free:
         return kept, kept
@@ -68,16 +68,16 @@ def tile_masses(call: AttentionCall, selection: Selection, query: int) -> tuple[
 
 
 def block_masses(call: AttentionCall, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Mean dense mass `[B, H, n]` of a tile's key blocks and `[B, H]` of its sink logits."""
+    """Mean dense mass `[B, H, n]` of the key blocks of a tile, the call's last, and `[B, H]` of its sink logits."""
     heads, blocks = tile.keep.shape[1:]
     rows = torch.arange(tile.start, tile.stop, device=call.q.device)
     mass = call.q.new_zeros((call.B, heads, blocks), dtype=torch.float32)
-    for some in rows.split(max(1, CHUNK_ELEMENTS // (call.B * call.Hq * call.Lk))):
-        logits = row_logits(call, some)
-        lse = with_sinks(call, logits.logsumexp(-1))
-        share = torch.exp(logits - lse[..., None]).unflatten(1, (heads, -1)).sum((2, 3))
-        share = share[..., : blocks * tile.size]  # later keys have none
-        at = (torch.arange(share.shape[2], device=share.device) // tile.size).expand_as(share)
-        mass.scatter_add_(2, at, share)
+    at = (torch.arange(call.Lk, device=call.q.device) // tile.size).expand(call.B, heads, -1)
+    for logits in row_logits(call, rows):
+        weights = logits.softmax(-1)
+        if call.sinks is not None:
+            lse = logits.logsumexp(-1)
+            weights = weights * torch.exp(lse - with_sinks(call, lse))[..., None]
+        mass.scatter_add_(2, at, weights.unflatten(1, (heads, -1)).sum((2, 3)))
     mass = mass / (len(rows) * (call.Hq // heads))
     return mass, mass.new_zeros(mass.shape[:2]) if call.sinks is None else (1 - mass.sum(-1)).clamp_min(0)
