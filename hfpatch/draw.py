@@ -1,5 +1,6 @@
-"""A picture of one layer: which keys every query sees, and where DHSA's chunks begin."""
+"""Pictures: which keys every query of a layer sees, where DHSA's chunks begin, and the mass that audits found kept."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 
 from .config.method_config import MethodConfig
 from .config.patch_config import PatchConfig
+from .core.audit_report import AuditReport
 from .core.call import AttentionCall
+from .core.row_mask import row_mask
 from .core.selection import Layout, Selection, intersect
 from .errors import ConfigError
 
 PIXELS = 900
+PHASES = ("prefill", "chunk", "decode")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def kept_map(selection: Selection | None, at: Layout, pixels: int = PIXELS) -> T
     for start in range(0, at.Lq, step):
         stop = min(start + step, at.Lq)
         i, j = at.rows(start, stop).positions()
-        mask = (j <= i)[None] if selection is None else _some(selection, at, start, stop)
+        mask = (j <= i)[None] if selection is None else row_mask(selection, at, start, stop)[0]
         cells = torch.zeros(*mask.shape[:2], side, device=at.device)
         cells.index_add_(2, column[: mask.shape[2]], mask.float())
         for n in range(stop - start):
@@ -48,12 +52,6 @@ def kept_map(selection: Selection | None, at: Layout, pixels: int = PIXELS) -> T
     kept = torch.stack([rows[r] for r in sorted(rows)], 1)
     height = (torch.arange(at.Lq, device=at.device) * side // at.Lq).bincount()
     return kept / (height[height > 0][:, None] * column.bincount())
-
-
-def _some(selection: Selection, at: Layout, start: int, stop: int) -> Tensor:
-    from .ops.row_mask import row_mask
-
-    return row_mask(selection, at, start, stop)[0]
 
 
 def look(model: nn.Module, ids: Tensor, config: MethodConfig | PatchConfig, layer: int) -> Seen:
@@ -129,3 +127,50 @@ def draw_layer(
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     return seen
+
+
+def draw_masses(reports: Mapping[str, AuditReport], out: str | Path) -> None:
+    """Write a PNG of layers x heads for every patch and phase audited, coloured by the mean mass kept.
+
+    Needs matplotlib. Raises ConfigError where no report has a sparse call.
+    """
+    from matplotlib.figure import Figure
+
+    tables = mass_tables(reports)
+    if not tables:
+        raise ConfigError("No sparse call has been audited; nothing to draw.")
+    layers, heads = next(iter(tables.values())).shape
+    columns = len(tables) // len(reports)
+    least = min(float(t.nan_to_num(1.0).min()) for t in tables.values())
+    size = max(3.0, 0.3 * heads + 1) * columns + 1.2, max(2.2, 0.14 * layers + 1) * len(reports) + 0.5
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(reports), columns, squeeze=False, sharex=True, sharey=True)
+    for place, ((name, phase), table) in zip(axes.flat, tables.items(), strict=True):
+        place.set_title(f"{name}\n{phase}", fontsize=9, wrap=True)
+        shown = place.imshow(
+            table.numpy(), cmap="viridis", vmin=min(least, 0.999), vmax=1, aspect="auto", interpolation="nearest",
+            origin="lower",
+        )  # fmt: skip
+        place.set_facecolor("#e4e4e4")
+        if bool(table.isnan().all()):
+            place.text(0.5, 0.5, "no sparse call", transform=place.transAxes, ha="center", va="center")
+        for axis in (place.xaxis, place.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("query head", fontsize=10)
+    figure.supylabel("layer", fontsize=10)
+    figure.colorbar(shown, ax=axes, label="mean attention mass kept (grey: not audited)", shrink=0.8)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=140)
+
+
+def mass_tables(reports: Mapping[str, AuditReport]) -> dict[tuple[str, str], Tensor]:
+    """Mean mass kept `[layers, Hq]` of every patch in every phase some patch was audited in; nan where it was not."""
+    lines = [line for report in reports.values() for line in report.lines]
+    layers, heads = max((x.layer + 1 for x in lines), default=0), max((len(x.heads) for x in lines), default=0)
+    tables = {}
+    for name, report in reports.items():
+        for phase in (p for p in PHASES if any(x.phase == p for x in lines)):
+            tables[name, phase] = table = torch.full((layers, heads), torch.nan)
+            for line in (x for x in report.lines if x.phase == phase):
+                table[line.layer, : len(line.heads)] = torch.tensor(line.heads)
+    return tables

@@ -80,22 +80,24 @@ class Handle(Drives):
                 runtime.spans = old
 
     @contextmanager
-    def audit(self, rows: int = 16, *, oracle: bool = True, seed: int = 0) -> Iterator[Audit]:
+    def audit(self, rows: int = 16, *, tiles: int = 1, seed: int = 0) -> Iterator[Audit]:
         """See what the patch misses of the calls inside the block: `print(audit.report())`.
 
-        `rows` random queries of every sparse call are worked out densely too, and one tile of queries for the oracle,
-        which would keep as many key blocks by their true mass; both cost that many more rows of dense attention.
-        Raises ConfigError.
+        `rows` random queries of every sparse call are worked out densely too, and `tiles` tiles of queries for the
+        oracle, which would keep as many key blocks by their true mass; both cost that many more rows of dense
+        attention. Only sums are kept. Raises ConfigError.
         """
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-            raise ConfigError(f"audit: rows={shown(rows)} must be a whole number of queries, 1 or more.")
-        audit = Audit(rows, oracle, seed)
+        for name, value, least in (("rows", rows, 1), ("tiles", tiles, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"audit: {name}={shown(value)} must be a whole number of {name}, {least} or more.")
+        audit = Audit(rows, tiles, seed)
         before = [runtime.audit for _, runtime in self._plan]
         for _, runtime in self._plan:
             runtime.audit = audit
         try:
             yield audit
         finally:
+            audit.in_graph = any(runtime.in_graph for _, runtime in self._plan)
             for (_, runtime), old in zip(self._plan, before, strict=True):
                 runtime.audit = old
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 # room: what came to it, as `old` or `old:new`
 ROOMS = {
-    "core": "call selection blocks method report regroup:reweight learned",
+    "core": "call selection blocks method report regroup:reweight learned ops.row_mask",
     "config": "patch_config patch_store layers registry hub",
     "runtime": "pipeline padding cache_state cache_crop survey injection raw_call",
     "ops": "one_query:torch_decode",

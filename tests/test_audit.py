@@ -1,20 +1,18 @@
 """What a patch misses, sampled, against attention written out."""
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
-import zoo
-from methods_list import METHODS, MethodCase
-from test_invariants import acts_on, built, logits, tree
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfpatch import ConfigError, get_patch, patch_model, patched
-from hfpatch.core.audit import Audit, tile_masses
-from hfpatch.core.audit_report import Estimate
+from hfpatch.core.audit import Audit
+from hfpatch.core.audit_report import Moments, Sample, Tally
+from hfpatch.core.audit_tiles import tile_masses
 from hfpatch.core.call import AttentionCall
-from hfpatch.core.selection import BlockMap, Causal, Predicate, Rows, Selection, SinkWindow
+from hfpatch.core.selection import BlockMap, Both, Causal, Predicate, Rows, Selection, SinkWindow
 from hfpatch.ops import attend
 
 LK = 111
@@ -63,10 +61,14 @@ def selections(call: AttentionCall) -> dict[str, Selection]:
     }
 
 
-def run(call: AttentionCall, selection: Selection, audit: Audit) -> None:
+def attended(call: AttentionCall, selection: Selection) -> tuple[Tensor, Tensor]:
     more = {"softcap": call.softcap, "sinks": call.sinks, "bias": call.bias}
     done = attend(call.q, call.k, call.v, selection=selection, scale=call.scale, **more)
-    audit.look(call, selection, done.out, done.lse)
+    return done.out, done.lse
+
+
+def run(call: AttentionCall, selection: Selection, audit: Audit) -> None:
+    audit.look(call, selection, *attended(call, selection))
 
 
 @extras
@@ -74,9 +76,8 @@ def run(call: AttentionCall, selection: Selection, audit: Audit) -> None:
 @pytest.mark.parametrize("name", ["window", "blocks", "tokens", "rule", "ranges"])
 def test_all_rows_audited_equal_attention_written_out(extra: dict[str, Any], lq: int, name: str) -> None:
     call = call_of(lq, **extra)
-    selection, audit = selections(call)[name], Audit(rows=1 << 20)
-    run(call, selection, audit)
-    (sample,) = audit.samples[0, call.phase]
+    selection = selections(call)[name]
+    sample = Audit(rows=1 << 20).sample(call, selection, *attended(call, selection))
     weights = weights_of(call)
     keep = selection.mask(call.layout) & (call.k_pos <= call.q_pos[:, None])
     kept = (weights * keep).sum(-1)
@@ -100,7 +101,6 @@ def test_the_oracle_is_the_best_choice_of_as_many_blocks(
     keep = selection.block_mask(call.layout)
     for query in {0, lq // 2, lq - 1}:
         kept, best = tile_masses(call, selection, query)
-        assert kept is not None and best is not None
         tile = query // block_q
         rows = weights[:, :, tile * block_q : (tile + 1) * block_q].mean(2)
         mass = torch.stack([part.sum(-1) for part in rows.split(block_k, -1)], -1)
@@ -111,20 +111,21 @@ def test_the_oracle_is_the_best_choice_of_as_many_blocks(
             torch.stack([m.sort(descending=True).values[:n].sum() for m, n in zip(row, counts, strict=True)])
             for row, counts in zip(mass, count.tolist(), strict=True)
         ])  # fmt: skip
-        torch.testing.assert_close(kept.double(), (mass * keep[:, :, tile]).sum(-1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(best.double(), want, rtol=1e-4, atol=1e-5)
+        sink = 1 - mass.sum(-1)
+        torch.testing.assert_close(kept.double(), (mass * keep[:, :, tile]).sum(-1) + sink, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(best.double(), want + sink, rtol=1e-4, atol=1e-5)
         assert bool((best >= kept - 1e-6).all())
 
 
 def test_intervals_cover_the_truth() -> None:
     """Sixteen of 1024 queries, their mass far from evenly spread: 95 of 100 intervals hold the mean of all."""
     call = call_of(1024, lk=1024)
-    selection, everything = SinkWindow(4, 64), Audit(rows=1 << 20, oracle=False)
+    selection, everything = SinkWindow(4, 64), Audit(rows=1 << 20, tiles=0)
     run(call, selection, everything)
     truth = everything.report().lines[0]
     hits = {"mass": 0, "error": 0}
     for seed in range(200):
-        audit = Audit(rows=16, oracle=False, seed=seed)
+        audit = Audit(rows=16, tiles=0, seed=seed)
         run(call, selection, audit)
         line = audit.report().lines[0]
         for name in hits:
@@ -144,68 +145,101 @@ def test_the_cost_is_that_of_few_rows() -> None:
     assert 0 < counter.get_total_flops() <= 0.05 * dense
 
 
-MODELS = ["llama", "gemma2", "gpt_oss"]
-PAIRS = [
-    pytest.param(name, case, id=f"{name}-{case}")
-    for name in MODELS
-    for case in METHODS
-    if acts_on(zoo.SUPPORTED[name], case)
-]
+def test_a_long_generation_is_no_more_to_keep() -> None:
+    call, audit, sizes = call_of(1), Audit(), []
+    selection = blocks(call, 2, 16, 8)
+    out = attended(call, selection)
+    for step in range(1, 201):
+        audit.look(call, selection, *out)
+        if step in (100, 200):
+            sizes.append(len(pickle.dumps(audit.tallies)))
+    assert audit.tallies[0, "decode"].calls == 200 and abs(sizes[1] - sizes[0]) < 16
 
 
-@pytest.mark.parametrize("name,case", PAIRS)
-def test_an_audit_changes_nothing_and_fits_the_report(name: str, case: MethodCase) -> None:
-    model = built(name)
-    ids, mask = zoo.left_pad(zoo.prompt(model, 3, 63), [63, 40, 25])
-    with patched(model, case.name, **case.settings) as patch:
-        before = tree(model)
-        want = logits(model, ids, attention_mask=mask)
-        with patch.audit(rows=8) as audit:
-            assert torch.equal(logits(model, ids, attention_mask=mask), want)
-        assert tree(model) == before
-        once = audit.report().to_dict()
-        logits(model, ids, attention_mask=mask)
-        assert audit.report().to_dict() == once
-        lines = audit.report().lines
-        sparse = {line.layer for line in patch.report().lines if line.stats.density < 1}
-        assert {x.layer for x in lines} >= sparse
-        for line in lines:
-            assert 0 < line.mass.mean <= 1 + 1e-5 and line.mass.low <= line.mass.mean <= line.mass.high
-            assert (line.kept is None) == (line.best is None)
-            if line.kept is not None and line.best is not None:
-                assert line.kept.mean <= line.best.mean + 1e-5
-        assert str(audit.report())
+def test_a_seed_names_the_same_queries_whatever_the_oracle_looks_at() -> None:
+    call = call_of()
+    selection = blocks(call, 2, 16, 8)
+    out = attended(call, selection)
+    audits = [Audit(rows=5, tiles=tiles, seed=seed) for tiles, seed in ((0, 1), (3, 1), (3, 2))]
+    for audit in audits:
+        for _ in range(3):
+            audit.look(call, selection, *out)
+    a, b, other = (audit.report().lines[0].mass for audit in audits)
+    assert a == b != other
 
 
-def test_padded_rows_are_audited_as_rows_alone() -> None:
-    model = built("llama")
-    ids, mask = zoo.left_pad(zoo.prompt(model, 2, 63), [63, 40])
-    with patched(model, "streaming", sink=2, window=8, layers=0) as patch:
-        with patch.audit(rows=99) as together:
-            logits(model, ids, attention_mask=mask)
-        with patch.audit(rows=99) as alone:
-            logits(model, ids[:1])
-            logits(model, ids[1:, 23:])
-    for a, b in zip(together.samples[0, "prefill"], alone.samples[0, "prefill"], strict=True):
-        torch.testing.assert_close(a.mass, b.mass, rtol=1e-4, atol=1e-5)
+def test_calls_count_by_their_queries() -> None:
+    """Four places for a hundred queries weigh as much as those hundred, not as the next call's four."""
+    tally = Tally()
+    few, many = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
+    tally.add(Sample(many, many * 2, torch.tensor([90, 60, 30, 1]), 200, many.mean((0, 1))[:2], torch.ones(2)))
+    tally.add(Sample(few, few * 2, torch.arange(4), 8, few.mean((0, 1)), torch.ones(4)))
+    want = (200 * many.mean() + 8 * few.mean()) / 208
+    mass, error = tally.mass.estimate(), tally.error.estimate()
+    assert mass.mean == pytest.approx(float(want)) and error.mean == pytest.approx(2 * float(want))
+    assert tally.kept.estimate().mean == pytest.approx(
+        float(200 * many.mean((0, 1))[:2].mean() + 8 * few.mean()) / 208
+    )
+    assert tally.heads is not None
+    heads = (200 * many.mean((0, 2)) + 8 * few.mean((0, 2))) / 208
+    torch.testing.assert_close(tally.heads / tally.mass.w, heads.double())
+    assert tally.far[0].count + tally.far[1].count == 8 and tally.far[1].count == 1
 
 
-def test_dense_calls_are_counted_and_lose_nothing() -> None:
-    model = built("llama")
-    with patched(model, "zerotuning", gamma=2.0) as patch, patch.audit() as audit:
-        logits(model, zoo.prompt(model, 1, 40))
-    assert audit.dense == {(n, "prefill"): 1 for n in patch.layers} and not audit.samples
-    assert "all calls seen were dense" in str(audit.report())
+def test_positions_alone_leave_nothing_to_choose() -> None:
+    call = call_of()
+    fixed = Rows([(50, Causal()), (LK, Both(SinkWindow(2, 9), Predicate(lambda h, i, j: (i - j) % 2 == 0)))])
+    sample = Audit(rows=1 << 20).sample(call, fixed, *attended(call, fixed))
+    assert sample.kept is sample.best
+    torch.testing.assert_close(sample.kept, sample.mass.mean((0, 1)))
+    mixed = Rows([(50, Causal()), (LK, blocks(call, 2, 16, 8))])
+    for query, dense in ((20, True), (80, False)):
+        kept, best = tile_masses(call, mixed, query)
+        assert bool((kept == best).all()) == dense
+        if dense:
+            torch.testing.assert_close(kept, torch.ones_like(kept))
 
 
-@pytest.mark.parametrize("rows", [0, -1, 1.5, True, "16", None])
-def test_rows_that_are_no_number_of_queries(rows: Any) -> None:
-    patch = get_patch(patch_model(zoo.SUPPORTED["llama"].build(), "streaming"))
-    with pytest.raises(ConfigError, match=r"rows=.*1 or more"), patch.audit(rows=rows):
-        pass
+def test_an_oracle_shares_its_choice_among_heads_as_the_selection_does() -> None:
+    call = call_of()
+    one = Both(blocks(call, 1, 16, 8), SinkWindow(0, 40))
+    own = Both(blocks(call, 4, 16, 8), SinkWindow(0, 40))
+    assert tile_masses(call, one, 80)[1].shape == (2, 1) and tile_masses(call, own, 80)[1].shape == (2, 4)
+    keep = one.mask(call.layout)[:, :, 80]
+    mass = weights_of(call)[:, :, 80].mean(1, keepdim=True)
+    best = torch.stack(
+        [m[0].sort(descending=True).values[: int(k.sum())].sum() for m, k in zip(mass, keep, strict=True)]
+    )
+    torch.testing.assert_close(tile_masses(call, one, 80)[1][:, 0].double(), best, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rule_is_asked_for_one_query_only() -> None:
+    call, seen = call_of(), []
+
+    def rule(h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen.append(i.numel() * j.numel())
+        return (i - j) % 3 == 0
+
+    tile_masses(call, Both(Predicate(rule), blocks(call, 2, 16, 8)), 80)
+    assert seen == [81]
 
 
 def test_an_estimate_of_one_has_no_interval() -> None:
-    assert str(Estimate.of(torch.tensor([0.5]))) == "0.500"
-    known = Estimate.of(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    moments = Moments()
+    moments.add(torch.tensor([0.5]), 3.0)
+    assert str(moments.estimate()) == "0.500"
+
+
+def test_moments_give_students_interval() -> None:
+    moments = Moments()
+    for part in ([1.0], [2.0, 3.0], [4.0]):
+        moments.add(torch.tensor(part), 2.5)
+    known = moments.estimate()
     assert abs(known.high - (2.5 + 3.182446 * 1.290994 / 2)) < 1e-5 and known.to_dict()["count"] == 4
+    assert moments.estimate(3.0).high == 3.0
+
+
+def test_a_cropped_cache_is_not_taken_for_all_there_was() -> None:
+    call, audit = call_of(1, dropped=7), Audit()
+    run(call, SinkWindow(2, 9), audit)
+    assert not audit.tallies and "1 calls were not audited, as their cache had dropped keys" in str(audit.report())

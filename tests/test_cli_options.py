@@ -12,6 +12,7 @@ from hfpatch import cli
 from hfpatch.calibrate import act, gated, zerotuning
 from hfpatch.calibrate.dhsa import command as dhsa_command
 from hfpatch.calibrate.flux import command as flux
+from hfpatch.cli import audit as cli_audit
 from hfpatch.cli import evaluate as cli_eval
 from hfpatch.cli.console import LONGEST, one_line
 from hfpatch.cli.options import numbers
@@ -19,6 +20,7 @@ from hfpatch.errors import ConfigError
 
 COMMANDS = {
     ("niah",): cli_eval.niah, ("bench",): cli_eval.bench, ("inspect", "-p", "dhsa"): cli_eval.inspect,
+    ("audit", "-p", "dhsa"): cli_audit.audit,
     ("calibrate", "act"): act.act, ("calibrate", "zerotuning"): zerotuning.zerotuning,
     ("calibrate", "gated"): gated.gated, ("calibrate", "dhsa"): dhsa_command.dhsa, ("calibrate", "flux"): flux.flux,
 }  # fmt: skip

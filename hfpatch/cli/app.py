@@ -7,6 +7,7 @@ import typer
 
 from ..errors import ConfigError, HfpatchError
 from ..launch import launched
+from . import audit as cli_audit
 from . import calibrate as cli_calibrate
 from . import evaluate as cli_eval
 from . import run as cli_run
@@ -28,7 +29,7 @@ def build_app() -> typer.Typer:
     app.command("list")(list_command)
     app.command()(env)
     app.command()(check)
-    for module in (cli_eval, cli_run, cli_calibrate):
+    for module in (cli_eval, cli_audit, cli_run, cli_calibrate):
         module.add_commands(app)
     return app
 

@@ -88,19 +88,13 @@ def show_layer(
     loaded: Any, variant: Variant, layer: int | None, head: int, length: int, text: Path | None, out: Path
 ) -> None:
     """Draw what a patch lets one layer see of one prompt; print the figures beside it."""
-    from hfpatch.evals.run.generation import text_ids
     from hfpatch.evals.run.models import check_length
 
     from ..draw import draw_layer
 
     if variant.config is None or len(_methods(variant)) == 0:
         raise ConfigError("Name one patch to look at: --patch dhsa.")
-    if text is None:
-        ids = text_ids(loaded, length)
-    else:
-        ids = loaded.tokenizer(_read_text(text), return_tensors="pt")["input_ids"][:, :length].to(loaded.device)
-        if ids.shape[1] < 2:
-            raise ConfigError(f"{text} holds {ids.shape[1]} tokens; nothing can be drawn of them.")
+    ids = prompt_ids(loaded, length, text)
     check_length(loaded, ids.shape[1])
     if layer is None:
         plan = plan_patch(loaded.model, _methods(variant))
@@ -114,6 +108,18 @@ def show_layer(
         f"{variant.name}, layer {layer}: {seen.density:.1%} of the keys dense causal attention sees over "
         f"{seen.length:,} tokens{chunks}; written to {file}"
     )
+
+
+def prompt_ids(loaded: Any, length: int, text: Path | None) -> Any:
+    """Token ids `[1, L]` of the shipped prose, or of a text file, cut to `length`. Raises ConfigError."""
+    from hfpatch.evals.run.generation import text_ids
+
+    if text is None:
+        return text_ids(loaded, length)
+    ids = loaded.tokenizer(_read_text(text), return_tensors="pt")["input_ids"][:, :length].to(loaded.device)
+    if ids.shape[1] < 2:
+        raise ConfigError(f"{text} holds {ids.shape[1]} tokens; nothing can be drawn or audited of so few.")
+    return ids
 
 
 def _read_text(path: Path) -> str:

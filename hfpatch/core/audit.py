@@ -1,153 +1,82 @@
 """What sparse calls miss: attention mass kept and output error, exact for a few queries of every call.
 
 Executors give the log-sum-exp, so the dense attention mass a query keeps is exp(lse_sparse - lse_dense). Dense lse and
-output are worked out for a few sampled queries only. For one tile of queries per call the kept mass is set beside that
-of an oracle: as many key blocks of the same size, chosen by their true mass. What it loses, the structure loses.
+output are worked out for a few sampled queries only. For some tiles of queries the kept mass is set beside that of an
+oracle: as many key blocks of the same size, chosen by their true mass. What it loses, the structure loses. Only sums
+are kept, so an audit takes no more memory after a million tokens than after one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .audit_report import AuditReport, Sample, summed
+from .audit_report import AuditReport, Sample, Tally
+from .audit_rows import dense_rows
+from .audit_tiles import is_fixed, tile_masses
 from .call import AttentionCall
-from .selection import BlockMap, Causal, Rows, Selection, SinkWindow
-
-CHUNK_ELEMENTS = 1 << 24
+from .selection import Causal, Selection
 
 
 @dataclass(eq=False)
 class Audit:
-    """Looks at `rows` queries of every sparse call and at one tile of them; `samples` by layer and phase."""
+    """Looks at `rows` queries of every sparse call and at `tiles` tiles of queries; 0 tiles for no oracle."""
 
     rows: int = 16
-    oracle: bool = True
+    tiles: int = 1
     seed: int = 0
-    samples: dict[tuple[int, str], list[Sample]] = field(default_factory=dict)
-    dense: dict[tuple[int, str], int] = field(default_factory=dict)
+    tallies: dict[tuple[int, str], Tally] = field(default_factory=dict)
+    cropped: int = 0  # calls that came too late: the cache had dropped keys
+    in_graph: bool = False  # whether torch.compile has hidden calls
 
     def __post_init__(self) -> None:
-        self._random = torch.Generator().manual_seed(self.seed)
+        # apart, so that patches with and without a choice are looked at through the same queries
+        self._for_rows, self._for_tiles = (torch.Generator().manual_seed(self.seed) for _ in range(2))
 
-    def look_dense(self, call: AttentionCall) -> None:
-        """Count a call that sees all keys."""
-        key = (call.layer, call.phase)
-        self.dense[key] = self.dense.get(key, 0) + 1
-
-    @torch.no_grad()
     def look(self, call: AttentionCall, selection: Selection | None, out: Tensor, lse: Tensor) -> None:
         """Compare `out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]` of a call with dense attention at some of its queries."""
-        if selection is None:
-            self.look_dense(call)
+        if selection is None or isinstance(selection, Causal):
             return
-        key = (call.layer, call.phase)
-        rows = self._pick(call)
+        if call.dropped:
+            self.cropped += 1
+            return
+        tally = self.tallies.setdefault((call.layer, call.phase), Tally())
+        tally.add(self.sample(call, selection, out, lse))
+
+    @torch.no_grad()
+    def sample(self, call: AttentionCall, selection: Selection, out: Tensor, lse: Tensor) -> Sample:
+        """Mass and error of some queries of a call, one of every equal part of it, and the masses of some tiles."""
+        rows = _pick(call, self.rows, self._for_rows)
         wanted, wanted_lse = dense_rows(call, rows)
         got = out[:, rows].transpose(1, 2).float()  # [B, Hq, R, Dv]
-        mass = torch.exp(lse[:, :, rows] - wanted_lse)
+        mass = torch.exp(lse[:, :, rows].float() - wanted_lse)
         error = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-12)
-        kept, best = tile_masses(call, selection, self._query(call)) if self.oracle else (None, None)
-        sample = Sample(mass, error, call.Lq - 1 - rows, kept, best)
-        self.samples.setdefault(key, []).append(sample)
+        kept, best = self._masses(call, selection, mass)
+        return Sample(mass, error, call.Lq - 1 - rows, call.B * call.Lq, kept, best)
 
     def report(self) -> AuditReport:
         """What has been found so far."""
-        return summed(self.samples, self.dense)
+        notes = []
+        if self.cropped:
+            notes.append(f"{self.cropped} calls were not audited, as their cache had dropped keys; patch without that")
+        if self.in_graph:
+            notes.append("steps that torch.compile has put into one graph were not audited")
+        return AuditReport.of(self.tallies, notes)
 
-    def _pick(self, call: AttentionCall) -> Tensor:
-        """Queries `[R]`, one at random of every R-th part of the call; all of a call that has no more."""
-        if call.Lq <= self.rows:
-            return torch.arange(call.Lq, device=call.q.device)
-        edges = torch.arange(self.rows) + torch.rand(self.rows, generator=self._random)
-        return (edges * call.Lq / self.rows).long().clamp(max=call.Lq - 1).to(call.q.device)
-
-    def _query(self, call: AttentionCall) -> int:
-        return int(torch.randint(call.Lq, (), generator=self._random))
-
-
-def dense_rows(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense `out [B, Hq, R, Dv]` and `lse [B, Hq, R]` in float32 of the queries `rows [R]` of a call."""
-    outs, lses = [], []
-    v = call.v.float().repeat_interleave(call.groups, 1)
-    for some in rows.split(max(1, CHUNK_ELEMENTS // (call.B * call.Hq * call.Lk))):
-        logits = row_logits(call, some)
-        lse = logits.logsumexp(-1)
-        if call.sinks is not None:
-            lse = torch.logaddexp(lse, call.sinks.float()[:, None])
-        outs.append(torch.exp(logits - lse[..., None]) @ v)
-        lses.append(lse)
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+    def _masses(self, call: AttentionCall, selection: Selection, mass: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Mass `[T]` of tiles and of their oracles, over rows and heads; of positions alone, the queries' own."""
+        if not self.tiles:
+            return None, None
+        if is_fixed(selection):
+            return (kept := mass.mean((0, 1))), kept
+        both = [tile_masses(call, selection, n) for n in _pick(call, self.tiles, self._for_tiles).tolist()]
+        kept, best = (torch.stack([pair[n].mean() for pair in both]) for n in (0, 1))
+        return kept, best
 
 
-def row_logits(call: AttentionCall, rows: Tensor) -> Tensor:
-    """Logits `[B, Hq, R, Lk]` in float32 of the queries `rows [R]`, -inf for later keys."""
-    q = call.q[:, :, rows].float().unflatten(1, (call.Hkv, call.groups)).flatten(2, 3)
-    logits = ((q * call.scale) @ call.k.float().mT).unflatten(2, (call.groups, -1)).flatten(1, 2)
-    if call.softcap is not None:
-        logits = torch.tanh(logits / call.softcap) * call.softcap
-    if call.bias is not None:
-        logits = logits + call.bias.float()[:, :, None]
-    return logits.masked_fill_(call.k_pos > (call.off + rows)[:, None], -torch.inf)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Queries `start..stop` that share a choice: `keep` bool `[B|1, H, n]` of blocks of `size` keys."""
-
-    start: int
-    stop: int
-    keep: Tensor
-    size: int
-
-
-def tile_of(call: AttentionCall, selection: Selection, query: int) -> Tile | None:
-    """The tile that holds a query and its choice; None where nothing was chosen (dense, or by position alone)."""
-    at = call.layout
-    for start, stop, part in _leaves(selection, call, query):
-        inner = at.rows(start, stop)
-        if isinstance(part, BlockMap):
-            n = (query - start) // part.block_q
-            first = start + n * part.block_q
-            return Tile(first, min(first + part.block_q, stop), part.block_mask(inner)[:, :, n], part.block_k)
-        if isinstance(part, (Causal, SinkWindow)):
-            return None
-        row = inner.rows(query - start, query - start + 1)
-        mask = part.mask(inner, torch.arange(row.Lk, device=row.device))[:, :, query - start]
-        return Tile(query, query + 1, mask.expand(-1, at.Hq, -1), 1)
-    return None
-
-
-def _leaves(selection: Selection, call: AttentionCall, query: int) -> Iterator[tuple[int, int, Selection]]:
-    """The range of queries that holds `query`, and its selection."""
-    if not isinstance(selection, Rows):
-        yield 0, call.Lq, selection
-        return
-    for start, stop, part in selection.ranges(call.layout):
-        if start <= query < stop:
-            yield start, stop, part
-
-
-def tile_masses(call: AttentionCall, selection: Selection, query: int) -> tuple[Tensor | None, Tensor | None]:
-    """Dense mass `[B, H]` that the tile of a query keeps, and what as many of the best blocks would keep."""
-    tile = tile_of(call, selection, query)
-    if tile is None:
-        return None, None
-    heads, rows = tile.keep.shape[1], torch.arange(tile.start, tile.stop, device=call.q.device)
-    blocks = tile.keep.shape[2]
-    mass = call.q.new_zeros((call.B, heads, blocks), dtype=torch.float32)
-    for some in rows.split(max(1, CHUNK_ELEMENTS // (call.B * call.Hq * call.Lk))):
-        logits = row_logits(call, some)
-        lse = logits.logsumexp(-1, keepdim=True)
-        if call.sinks is not None:
-            lse = torch.logaddexp(lse, call.sinks.float()[:, None, None])
-        share = torch.exp(logits - lse).unflatten(1, (heads, -1)).sum((2, 3))[..., : blocks * tile.size]  # [B, H, Lk]
-        at = (torch.arange(share.shape[2], device=share.device) // tile.size).expand_as(share)
-        mass.scatter_add_(2, at, share)
-    mass = mass / (len(rows) * (call.Hq // heads))
-    ranked = mass.sort(dim=-1, descending=True).values.cumsum(-1)
-    seen = -(-(call.off + tile.stop) // tile.size)
-    count = tile.keep[..., :seen].sum(-1).expand(call.B, -1)
-    best = ranked.gather(2, (count - 1).clamp_min(0)[..., None])[..., 0].masked_fill(count == 0, 0.0)
-    return (mass * tile.keep).sum(-1), best
+def _pick(call: AttentionCall, count: int, random: torch.Generator) -> Tensor:
+    """Queries `[R]`, one at random of every R-th part of the call; all of a call that has no more."""
+    if call.Lq <= count:
+        return torch.arange(call.Lq, device=call.q.device)
+    edges = torch.arange(count) + torch.rand(count, generator=random)
+    return (edges * call.Lq / count).long().clamp(max=call.Lq - 1).to(call.q.device)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 EDGES = (64, 512, 4096, 32768)
+NAMES = (f"under {EDGES[0]}", *(f"{a} to {b - 1}" for a, b in pairwise(EDGES)), f"{EDGES[-1]} and more")
 Z = 1.959964
 FEW = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582)  # Student's t at 97.5 % for 1 to 5 degrees of freedom
 
@@ -18,12 +19,14 @@ FEW = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582)  # Student's t at 97.5
 class Sample:
     """Sampled queries of one call: `mass`, `error [B, Hq, R]`, `distance [R]` of each query to the last key.
 
-    `kept`, `best [B, H]` are the masses of one tile for the patch and for its oracle, None where nothing is chosen.
+    They stand for `queries` of all rows. `kept`, `best [T]` are the masses of tiles for the patch and for its oracle,
+    None where no oracle was asked for.
     """
 
     mass: Tensor
     error: Tensor
     distance: Tensor
+    queries: int
     kept: Tensor | None = None
     best: Tensor | None = None
 
@@ -37,22 +40,6 @@ class Estimate:
     high: float
     count: int
 
-    @classmethod
-    def of(cls, values: Tensor, most: float = math.inf) -> "Estimate":
-        """Of one value per query, at most `most`; Student's t."""
-        values = values.double()
-        n, mean = len(values), float(values.mean())
-        if n < 2:
-            return cls(mean, math.nan, math.nan, n)
-        df, mean = n - 1, min(mean, most)
-        quantile = (
-            FEW[df - 1]
-            if df <= len(FEW)
-            else Z + (Z**3 + Z) / (4 * df) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * df**2)
-        )
-        half = quantile * float(values.std()) / math.sqrt(n)
-        return cls(mean, max(mean - half, 0.0), min(mean + half, most), n)
-
     def __str__(self) -> str:
         if math.isnan(self.low):
             return f"{self.mean:.3f}"
@@ -64,9 +51,80 @@ class Estimate:
         return {"mean": self.mean, "low": low, "high": high, "count": self.count}
 
 
+@dataclass
+class Moments:
+    """Sums over weighted values, from which their mean and its interval follow."""
+
+    count: int = 0
+    w: float = 0.0
+    wx: float = 0.0
+    ww: float = 0.0
+    wwx: float = 0.0
+    wwxx: float = 0.0
+
+    def add(self, values: Tensor, weight: float) -> None:
+        """Count `values [n]`, each for as many queries as `weight` says."""
+        x = values.cpu().double()
+        total, squares = float(x.sum()), float(x.square().sum())
+        self.merge(Moments(len(x), weight * len(x), weight * total, weight**2 * len(x), weight**2 * total,
+                           weight**2 * squares))  # fmt: skip
+
+    def merge(self, other: "Moments") -> None:
+        """Count what another has counted."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def estimate(self, most: float = math.inf) -> Estimate:
+        """The mean of values that are `most` at most; Student's t. Of one value there must be at least one."""
+        n, mean = self.count, self.wx / self.w
+        if n < 2:
+            return Estimate(min(mean, most), math.nan, math.nan, n)
+        spread = max(self.wwxx - 2 * mean * self.wwx + mean**2 * self.ww, 0.0)
+        half = _student(n - 1) * math.sqrt(spread * n / (n - 1)) / self.w
+        mean = min(mean, most)
+        return Estimate(mean, max(mean - half, 0.0), min(mean + half, most), n)
+
+
+def _student(df: int) -> float:
+    """Student's t at 97.5 %."""
+    if df <= len(FEW):
+        return FEW[df - 1]
+    return Z + (Z**3 + Z) / (4 * df) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * df**2)
+
+
+@dataclass
+class Tally:
+    """Sums over the samples of one layer in one phase; `heads [Hq]` is the mass by head, weighted as `mass`."""
+
+    calls: int = 0
+    mass: Moments = field(default_factory=Moments)
+    error: Moments = field(default_factory=Moments)
+    kept: Moments = field(default_factory=Moments)
+    best: Moments = field(default_factory=Moments)
+    heads: Tensor | None = None
+    far: dict[int, Moments] = field(default_factory=dict)  # mass by place among NAMES
+
+    def add(self, sample: Sample) -> None:
+        """Count a call. A place in the prompt is one value, the mean over rows and heads."""
+        weight = sample.queries / len(sample.distance)
+        mass = sample.mass.mean((0, 1)).cpu()  # [R]
+        self.calls += 1
+        self.mass.add(mass, weight)
+        self.error.add(sample.error.mean((0, 1)), weight)
+        if sample.kept is not None and sample.best is not None:
+            share = sample.queries / len(sample.kept)
+            self.kept.add(sample.kept, share)
+            self.best.add(sample.best, share)
+        heads = sample.mass.mean(0).sum(-1).cpu().double() * weight
+        self.heads = heads if self.heads is None else self.heads + heads
+        place = torch.bucketize(sample.distance.cpu(), torch.tensor(EDGES), right=True)
+        for n in place.unique().tolist():
+            self.far.setdefault(n, Moments()).add(mass[place == n], weight)
+
+
 @dataclass(frozen=True)
 class AuditLine:
-    """One layer in one phase: mass kept, relative output error, and a tile's mass beside its oracle's."""
+    """One layer in one phase: mass kept, relative output error, mass of tiles beside their oracle's, mass by head."""
 
     layer: int
     phase: str
@@ -75,47 +133,75 @@ class AuditLine:
     error: Estimate
     kept: Estimate | None
     best: Estimate | None
+    heads: list[float]
+
+    @classmethod
+    def of(cls, layer: int, phase: str, tally: Tally) -> "AuditLine":
+        """What has been counted."""
+        kept, best = (m.estimate(1.0) if m.count else None for m in (tally.kept, tally.best))
+        heads = [] if tally.heads is None else (tally.heads / tally.mass.w).clamp(max=1).tolist()
+        mass, error = tally.mass.estimate(1.0), tally.error.estimate()
+        return cls(layer, phase, tally.calls, mass, error, kept, best, heads)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         named = {"mass": self.mass, "error": self.error, "kept_in_tiles": self.kept, "oracle_in_tiles": self.best}
         return {
             "layer": self.layer, "phase": self.phase, "calls": self.calls,
-            **{name: e and e.to_dict() for name, e in named.items()},
+            **{name: e and e.to_dict() for name, e in named.items()}, "heads": [round(x, 6) for x in self.heads],
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Lines by layer and phase; `heads [layers, Hq]` mean mass kept by head, rows as `layers` has them."""
+    """Lines by layer and phase, mass by distance to the last key over all prefills, and what was not audited."""
 
     lines: list[AuditLine]
-    layers: list[int]
-    heads: Tensor
     distances: dict[str, Estimate]
-    dense: dict[tuple[int, str], int]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, tallies: Mapping[tuple[int, str], Tally], notes: Sequence[str] = ()) -> "AuditReport":
+        """What has been counted by layer and phase."""
+        lines = [AuditLine.of(layer, phase, tally) for (layer, phase), tally in sorted(tallies.items())]
+        far: dict[int, Moments] = {}
+        for (_, phase), tally in tallies.items():
+            for n, moments in tally.far.items() if phase != "decode" else ():  # each step is the last
+                far.setdefault(n, Moments()).merge(moments)
+        return cls(lines, {NAMES[n]: far[n].estimate(1.0) for n in sorted(far)}, list(notes))
 
     def mass(self) -> float:
         """Mean mass kept over all lines; nan without any."""
         return _mean(x.mass.mean for x in self.lines)
 
     def oracle(self) -> tuple[float, float]:
-        """Mean mass of the tiles, and of their oracle, over all lines that chose; nan without any."""
-        chosen = [x for x in self.lines if x.kept is not None and x.best is not None]
-        return _mean(x.kept.mean for x in chosen if x.kept), _mean(x.best.mean for x in chosen if x.best)
+        """Mean mass of the tiles, and of their oracle, over all lines; nan without any."""
+        chosen = [(x.kept.mean, x.best.mean) for x in self.lines if x.kept is not None and x.best is not None]
+        return _mean(kept for kept, _ in chosen), _mean(best for _, best in chosen)
+
+    def split(self) -> str | None:
+        """A sentence on how much the structure loses and how much the choice; None without an oracle."""
+        kept, best = self.oracle()
+        if math.isnan(kept):
+            return None
+        lost = max(1 - best, 0.0)
+        return (
+            f"of the attention, {lost + best - kept:.1%} is lost in the tiles looked at: {lost:.1%} to the structure, "
+            f"in which the best choice of as many keys loses as much, and {best - kept:.1%} to the choice"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "lines": [x.to_dict() for x in self.lines],
-            "heads": {n: [round(v, 6) for v in row] for n, row in zip(self.layers, self.heads.tolist(), strict=True)},
             "distances": {name: e.to_dict() for name, e in self.distances.items()},
-            "dense_calls": [{"layer": n, "phase": p, "calls": c} for (n, p), c in sorted(self.dense.items())],
-        }  # fmt: skip
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
+        notes = [f"note: {n}" for n in self.notes]
         if not self.lines:
-            return "no sparse call has been audited" + ("; all calls seen were dense" if self.dense else "")
+            return "\n".join(["no sparse call has been audited", *notes])
         out = [
             f"{'layer':>5}  {'phase':<8} {'calls':>5}  {'mass kept':<22} {'oracle, in tiles':<22} error of the output"
         ]
@@ -123,43 +209,7 @@ class AuditReport:
             tiles = "-" if x.kept is None or x.best is None else f"{x.best.mean:.3f}, patch {x.kept.mean:.3f}"
             out.append(f"{x.layer:>5}  {x.phase:<8} {x.calls:>5}  {x.mass!s:<22} {tiles:<22} {x.error}")
         out += [f"{name} tokens before the last: mass kept {e}" for name, e in self.distances.items()]
-        kept, best = self.oracle()
-        if not math.isnan(kept):
-            out.append(
-                f"the structure loses {1 - best:.1%} of the attention (its oracle), the choice {best - kept:.1%} more"
-            )
-        return "\n".join(out)
-
-
-def summed(samples: Mapping[tuple[int, str], Sequence[Sample]], dense: Mapping[tuple[int, str], int]) -> AuditReport:
-    """The report on samples, and dense calls counted, by layer and phase."""
-    lines: list[AuditLine] = []
-    by_layer: dict[int, list[Tensor]] = {}
-    for (layer, phase), some in sorted(samples.items()):
-        tiles = [s for s in some if s.kept is not None and s.best is not None]
-        mass = Estimate.of(torch.cat([s.mass.mean(1).flatten() for s in some]), 1.0)  # one per query, over heads
-        error = Estimate.of(torch.cat([s.error.mean(1).flatten() for s in some]))
-        lines.append(AuditLine(layer, phase, len(some), mass, error, _tiles(tiles, "kept"), _tiles(tiles, "best")))
-        by_layer.setdefault(layer, []).extend(s.mass.transpose(1, 2).flatten(0, 1) for s in some)
-    heads = [torch.cat(rows).mean(0).cpu() for rows in by_layer.values()]
-    every = [s for some in samples.values() for s in some]
-    table = torch.stack(heads) if heads else torch.zeros(0, 0)
-    return AuditReport(lines, list(by_layer), table, _by_distance(every), dict(dense))
-
-
-def _tiles(samples: Sequence[Sample], name: str) -> Estimate | None:
-    return Estimate.of(torch.cat([getattr(s, name).mean(1) for s in samples]), 1.0) if samples else None
-
-
-def _by_distance(samples: Sequence[Sample]) -> dict[str, Estimate]:
-    if not samples:
-        return {}
-    mass = torch.cat([s.mass.mean(1).flatten() for s in samples]).cpu()
-    far = torch.cat([s.distance.expand(s.mass.shape[0], -1).flatten() for s in samples]).cpu()
-    between = [f"{a} to {b - 1}" for a, b in pairwise(EDGES)]
-    names = [f"under {EDGES[0]}", *between, f"{EDGES[-1]} and more"]
-    place = torch.bucketize(far, torch.tensor(EDGES), right=True)
-    return {name: Estimate.of(mass[place == n], 1.0) for n, name in enumerate(names) if bool((place == n).any())}
+        return "\n".join([*out, *filter(None, [self.split()]), *notes])
 
 
 def _mean(values: Iterator[float]) -> float:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from hfpatch.core.row_mask import row_mask
 from hfpatch.core.selection import Causal
 from hfpatch.ops.call import Problem
-from hfpatch.ops.row_mask import row_mask
 from hfpatch.ops.torch_kernel import Kernel
 from hfpatch.ops.torch_output import Output, blocked
 

@@ -101,8 +101,6 @@ def attended(plan: Plan, stats: PhaseStats, audit: Audit | None = None) -> Tenso
     chain = plan.chain
     no_lse = not (plan.columns or chain.needs_lse or (chain.looks and selection is not None))
     if no_lse and (audit is None or selection is None):
-        if audit is not None:
-            audit.look_dense(call)
         out, executor = attend_out(call.q, call.k, call.v, **asked)
         stats.add(seen, call.visible, executor)
         return out

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hfpatch.core.selection import BlockMap, Both, Causal, Layout, Predicate, Rows, Selection, SinkWindow
+from .selection import BlockMap, Both, Causal, Layout, Predicate, Rows, Selection, SinkWindow
 
 
 def row_mask(sel: Selection, at: Layout, start: int, stop: int) -> Tensor:
