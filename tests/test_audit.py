@@ -192,12 +192,18 @@ def test_positions_alone_leave_nothing_to_choose() -> None:
     sample = Audit(rows=1 << 20).sample(call, fixed, *attended(call, fixed))
     assert sample.kept is sample.best
     torch.testing.assert_close(sample.kept, sample.mass.mean((0, 1)))
-    mixed = Rows([(50, Causal()), (LK, blocks(call, 2, 16, 8))])
-    for query, dense in ((20, True), (80, False)):
+
+
+def test_the_tile_of_a_range_is_that_of_its_selection() -> None:
+    """Tiles of 16 queries from query 50 on, after a window; each keeps what the mask written out keeps."""
+    call = call_of()
+    mixed = Rows([(50, SinkWindow(2, 9)), (LK, blocks(call, 2, 16, 8))])
+    weights, mask = weights_of(call), mixed.mask(call.layout)
+    for query, first, last in ((20, 20, 21), (49, 49, 50), (50, 50, 66), (80, 66, 82), (110, 98, 111)):
         kept, best = tile_masses(call, mixed, query)
-        assert bool((kept == best).all()) == dense
-        if dense:
-            torch.testing.assert_close(kept, torch.ones_like(kept))
+        want = (weights * mask)[:, :, first:last].sum(-1).mean(-1).unflatten(1, (kept.shape[1], -1)).mean(-1)
+        torch.testing.assert_close(kept.double(), want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(kept, best) == (query < 50) and bool((best >= kept - 1e-6).all())
 
 
 def test_an_oracle_shares_its_choice_among_heads_as_the_selection_does() -> None:
