@@ -110,6 +110,13 @@ def test_every_folder_is_a_room() -> None:
         assert rooms == known.keys()
 
 
+def test_no_file_is_longer_than_300_lines() -> None:
+    found = [p for name in ("hfpatch", "evals", "recipes", "tests", "benchmarks") for p in (ROOT / name).rglob("*.py")]
+    lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in found}
+    assert {"hfpatch/api.py", "tests/test_layering.py"} <= lines.keys()
+    assert not {name: n for name, n in lines.items() if n > 300}, "split by idea"
+
+
 @pytest.mark.parametrize(
     "what", ["transformers.modeling_utils", "transformers.cache_utils", "transformers.masking_utils"]
 )

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from methods_list import METHODS
 from test_tasks import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfpatch import ConfigError, UnknownMethodError, get_patch, patch_model
+from hfpatch import ConfigError, get_patch, patch_model
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -23,7 +22,6 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from hfpatch.integrations import lm_eval as bridge  # noqa: E402
 from hfpatch.integrations.lm_eval import HFPatchLM  # noqa: E402
-from hfpatch.integrations.lm_eval_model import resolve_patch, take_settings  # noqa: E402
 from hfpatch.integrations.merged_report import merge_reports  # noqa: E402
 from hfpatch.integrations.right_padding import RightPadding  # noqa: E402
 
@@ -200,18 +198,6 @@ def test_a_saved_patch_is_read(folder, tmp_path):
     assert again.patch.config.to_dict()["methods"] == first.patch.config.to_dict()["methods"]
 
 
-def test_settings_come_as_arguments_json_or_object():
-    wanted = {"sink": 2, "window": 8}
-    rest = {"patch_sink": 2, "patch_window": 8, "dtype": "float32"}
-    assert take_settings(None, rest) == wanted
-    assert rest == {"dtype": "float32"}
-    assert take_settings('{"sink": 2, "window": 8}', {}) == wanted
-    assert take_settings({"sink": 1, "window": 8}, {"patch_sink": 2}) == wanted
-    for text, part in (("sink=2", "not valid JSON"), ("[1]", "not an object")):
-        with pytest.raises(ConfigError, match=part):
-            take_settings(text, {})
-
-
 def test_lm_evals_plain_argument_text(folder):
     text = f"pretrained={folder},dtype=float32,patch=dense+streaming,patch_window=8,patch_layers=1"
     lm = HFPatchLM.create_from_arg_string(text, {"device": "cpu", "batch_size": 2, "max_batch_size": None})
@@ -222,20 +208,6 @@ def test_lm_evals_plain_argument_text(folder):
 def test_unknown_task_is_told_in_a_sentence(folder):
     with pytest.raises(ConfigError, match="Tasks not found: nosuch; `ls tasks`"):
         bridge.main(["--model_args", f"pretrained={folder}", "--tasks", "nosuch", "--device", "cpu"])
-
-
-def test_patch_specs():
-    assert resolve_patch(None, {}) is None
-    assert resolve_patch("none", {}) is None
-    config = resolve_patch("dense+streaming", {"window": 8})
-    assert [m.method for m in config.methods] == ["dense", "streaming"]
-    assert config.methods[1].window == 8
-    with pytest.raises(ConfigError, match="add patch=NAME"):
-        resolve_patch(None, {"window": 8})
-    with pytest.raises(UnknownMethodError, match="did you mean 'streaming'"):
-        resolve_patch("streming", {})
-    with pytest.raises(ConfigError, match="windw"):
-        resolve_patch("streaming", {"windw": 8})
 
 
 def test_loose_methods_warn_once_or_refuse(folder, caplog):
@@ -270,28 +242,6 @@ def test_reports_of_several_processes_add_up(folder):
     assert two["density"] == pytest.approx(one.density())
     assert [x["calls"] for x in two["lines"]] == [2 * x.stats.calls for x in one.lines]
     assert two["lines"][0]["executors"] == {k: 2 * v for k, v in one.lines[0].stats.executors.items()}
-
-
-def test_our_model_and_tasks_are_put_into_the_arguments(tmp_path):
-    args = Namespace(
-        config=None, include_path="mine", model=None, model_args={"pretrained": "embedded"}, metadata=None
-    )
-    bridge._add_ours(args)
-    assert args.model == "hfpatch"
-    assert args.include_path == [str(LM_EVAL_FOLDER), "mine"]
-    assert Path(args.metadata["tokenizer"]).name == "checkpoint"
-    (tmp_path / "run.yaml").write_text("model: hf\ninclude_path: theirs\n", encoding="utf-8")
-    args = Namespace(config=str(tmp_path / "run.yaml"), include_path=None, model=None, model_args=None, metadata=None)
-    bridge._add_ours(args)
-    assert (args.model, args.include_path, args.metadata) == ("hf", [str(LM_EVAL_FOLDER), "theirs"], None)
-
-
-def test_help_and_bad_arguments_give_exit_codes(capsys):
-    before = sys.argv
-    assert bridge.main(["run", "--help"]) == 0
-    assert "--model_args" in capsys.readouterr().out
-    assert bridge.main(["run", "--no-such-option"]) == 2
-    assert sys.argv is before
 
 
 def command(folder: str, out: Path, *launcher: str) -> dict:

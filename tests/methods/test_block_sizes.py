@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from largest import Largest
-from oracles import chosen_mask, make_call, make_method
+from method_calls import chosen_mask, make_call, make_method
 
 from hfpatch.core.selection import BlockMap
 from hfpatch.methods import vertical_slash

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracles import SHAPES, block_topk, check_executors, chosen_mask, make_call, make_method
+from method_calls import SHAPES, check_executors, chosen_mask, make_call, make_method
+from oracles import block_topk
 
 from hfpatch.core.blocks import Grid, block_means
 from hfpatch.errors import ConfigError

@@ -10,6 +10,7 @@ import torch
 import zoo
 from test_invariants import logits
 from torch import Tensor, nn
+from zoo_model import BOS
 
 import hfpatch
 from hfpatch import PatchConfig, get_patch, patched
@@ -38,7 +39,7 @@ class Letters:
 
     def __call__(self, text: str, add_special_tokens: bool = True, return_tensors: str | None = None, **_: Any) -> Any:
         ids = [8 + ord(c) % 90 for c in text]
-        ids = [zoo.BOS, *ids] if add_special_tokens else ids
+        ids = [BOS, *ids] if add_special_tokens else ids
         if return_tensors:
             return type("Encoding", (), {"input_ids": torch.tensor([ids])})
         return {"input_ids": ids}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import make_call, make_method
+from method_calls import make_call, make_method
 from torch import Tensor
 
 from hfpatch.core import sampling

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import SHAPES, blocks_of, check_executors, chosen_mask, flash_prefill, kv, make_call, make_method
+from method_calls import SHAPES, check_executors, chosen_mask, make_call, make_method
+from oracles import blocks_of, flash_prefill, kv
 from tiny_llama import tiny_model
 
 from hfpatch import patched

@@ -1,8 +1,6 @@
 """InfiniRetri against a plain NumPy reading of the method, fed with eager attention maps."""
 
 import inspect
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,22 +9,15 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from infiniretri_helpers import QUESTION, SETTINGS, TEXT, tiny
 from tiny_tokenizer import VOCAB, byte_tokenizer
 
-from hfpatch import ConfigError, HfpatchError, NothingPatchedError, get_patch, patch_model, patched
+from hfpatch import HfpatchError, get_patch, patch_model, patched
 from hfpatch.api import Patch
 from hfpatch.errors import InputError
 from hfpatch.methods.infiniretri.method import InfiniRetri
 from hfpatch.methods.infiniretri.prompt import make_prompt, tokenize
-from hfpatch.methods.infiniretri.sentences import chunks, faithful_end, plain_end, sentences
-
-TEXT = "".join(f"The {a} fox number {n} sleeps near the old mill. " for n, a in enumerate(["red", "blue", "odd"] * 14))
-QUESTION = "Where does the blue fox sleep?"
-SETTINGS: dict[str, Any] = {"chunk_tokens": 220, "top_tokens": 20, "phrase": 8, "keep_budget": 200}
-
-
-def tiny(name: str = "llama", **extra: Any) -> Any:
-    return zoo.SUPPORTED[name].build(vocab_size=VOCAB, **extra)
+from hfpatch.methods.infiniretri.sentences import faithful_end, sentences
 
 
 def same_convolution(row: np.ndarray, width: int) -> np.ndarray:
@@ -143,50 +134,6 @@ def test_resumes_where_it_stopped(tmp_path: Path) -> None:
             patch.retrieve(TEXT, "Another?", tokenizer=tokenizer, progress=False, state_file=state)
 
 
-def changed(**values: Any) -> Any:
-    """A change to a reading state: to its first sentence, its first item, or the whole."""
-
-    def change(data: dict[str, Any]) -> Any:
-        for at in (data["items"][0]["kept"][0], data["items"][0], data):
-            at.update({k: v for k, v in values.items() if k in at})
-        return data
-
-    return change
-
-
-DAMAGED: dict[str, Any] = {
-    "a list": lambda data: [data], "no run": lambda data: {**data, "run": None}, "offset": changed(offset="0"),
-    "offset below zero": changed(offset=-1), "no items": changed(items=[]), "item is text": changed(items=["x"]),
-    "two items": lambda data: {**data, "items": data["items"] * 2}, "kept is text": changed(kept="x"),
-    "kept lacks its text": changed(kept=[{"start": 0, "end": 2, "score": 0.5}]), "text is a number": changed(text=1),
-    "ends before it starts": changed(start=9, end=3), "score is text": changed(score="high"),
-    "path": changed(path=[[1]]), "weights": changed(weights=["x"]), "no number": changed(weights=[float("nan")]),
-}  # fmt: skip
-TORN = {
-    "torn": lambda raw: raw[:-9],
-    "twice": lambda raw: b'{"offset": 1, ' + raw[1:],
-    "not UTF-8": lambda raw: b"\xff" + raw,
-}
-
-
-@pytest.mark.parametrize("name", [*DAMAGED, *TORN, "a folder"])
-def test_a_damaged_reading_state_is_told_by_name(name: str, tmp_path: Path) -> None:
-    state = tmp_path / "state.json"
-    with patched(tiny(), "infiniretri", **SETTINGS) as patch:
-        words = {"tokenizer": byte_tokenizer(), "progress": False, "state_file": str(state)}
-        patch.retrieve(TEXT, QUESTION, **words)
-        good = state.read_bytes()
-        state.unlink()
-        if name == "a folder":
-            state.mkdir()
-        else:
-            raw = TORN[name](good) if name in TORN else json.dumps(DAMAGED[name](json.loads(good))).encode()
-            state.write_bytes(raw)
-        with pytest.raises(InputError, match="is not a reading state"):
-            patch.retrieve(TEXT, QUESTION, **words)
-        assert name == "a folder" or state.read_bytes() == raw
-
-
 def test_composes_with_a_patch_underneath() -> None:
     from hfpatch.config.registry import make_config
 
@@ -226,104 +173,12 @@ def test_generate_answers_from_what_was_kept() -> None:
     assert answer == tokenizer.decode(want, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("end", [plain_end, faithful_end])
-@pytest.mark.parametrize(
-    "text",
-    [
-        TEXT,
-        "no end at all " * 400,
-        "line one\r\nline two\r\n\r\nnew paragraph\r\n" * 50,
-        "狐は眠る。水車の近くで！本当？" * 60,
-        "x" * 5000,
-        "a,b;c|d\n" * 700,
-        "Dr. A. met Mr. B. at 3.5 km. Then... 🦊 slept! \n\n\n End",
-        ".",
-    ],
-)
-def test_sentences_join_to_the_text(text: str, end: Any) -> None:
-    tokenizer = byte_tokenizer()
-    found = list(sentences(iter([text[:100], text[100:]]), 300, end))
-    assert "".join(s.text for s in found) == text
-    assert all(text[s.start : s.end] == s.text and len(s.text) <= 300 + 40 for s in found)
-    packed = list(chunks(found, lambda t: tokenize(tokenizer, t), 128))
-    assert "".join(e.sentence.text for c in packed for e in c) == text
-    assert all(sum(len(e.ids) for e in c) <= 128 for c in packed)
-
-
-def test_plain_sentences() -> None:
-    found = [s.text for s in sentences(['Is it 3.5 km? Yes. He said "go." Then left.\n\nNew one.'], 300)]
-    assert found == ["Is it 3.5 km? ", "Yes. ", 'He said "go." ', "Then left.\n\n", "New one."]
-
-
-def test_a_megabyte_without_a_sentence_end() -> None:
-    text = "ab" * (1 << 19)
-    found = list(sentences([text], 4096))
-    assert sum(len(s.text) for s in found) == len(text) and len(found) == len(text) // 4096
-
-
-@pytest.mark.parametrize(
-    "context,question,message",
-    [
-        ("", QUESTION, "context is empty"),
-        (iter(()), QUESTION, "context is empty"),
-        (TEXT, "", "Ask a question"),
-        (TEXT, [], "Ask a question"),
-        (TEXT, None, "Ask a question"),
-        (TEXT, 3, "Ask a question"),
-        ("A lone \ud800 half. ", QUESTION, "lone surrogates"),
-        (b"bytes", QUESTION, "pass a string or an iterator"),
-        (3, QUESTION, "pass a string or an iterator"),
-        (iter([TEXT, 3]), QUESTION, "every piece has to be a string"),
-        ([TEXT], [QUESTION, QUESTION], "do not pair up"),
-        (TEXT, "why? " * 400, "ask a shorter one"),
-    ],
-)
-def test_bad_input_is_named(context: Any, question: Any, message: str) -> None:
-    with patched(tiny(), "infiniretri", **SETTINGS) as patch, pytest.raises(InputError, match=message):
-        patch.retrieve(context, question, tokenizer=byte_tokenizer(), progress=False)
-
-
-@pytest.mark.parametrize("what", ["retrieve", "answer", "generate", "rank_layers"])
-def test_a_patch_that_does_not_read_says_so(what: str) -> None:
-    with patched(tiny(), "streaming") as patch:
-        given = {"retrieve": (TEXT, QUESTION), "generate": (TEXT, QUESTION), "answer": ([],)}.get(what, ())
-        assert not patch.reads
-        with pytest.raises(ConfigError, match=f"{what}: streaming does not read; patch the model with 'infiniretri'"):
-            getattr(patch, what)(*given)
-        assert not hasattr(patch, "retreive")
-    with patched(tiny(), ["streaming", "infiniretri"]) as patch:
-        assert patch.reads
-
-
 def test_the_handle_takes_what_the_method_takes() -> None:
     for what in ("retrieve", "answer", "generate", "rank_layers"):
         own = inspect.signature(getattr(InfiniRetri, what)).parameters
         handle = inspect.signature(getattr(Patch, what)).parameters
         assert [n for n in own if n != "model"] == list(handle)
         assert all(own[n].default == p.default for n, p in handle.items())
-
-
-def test_missing_tokenizer_chat_template_and_layers() -> None:
-    with patched(tiny(), "infiniretri", **SETTINGS) as patch:
-        with pytest.raises(InputError, match="tokenizer"):
-            patch.retrieve(TEXT, QUESTION)
-        for nothing in ("text", []):
-            with pytest.raises(InputError, match="what retrieve"):
-                patch.answer(nothing, tokenizer=byte_tokenizer())
-    with patched(tiny(), "infiniretri", chat=True) as patch, pytest.raises(InputError, match="chat template"):
-        patch.retrieve(TEXT, QUESTION, tokenizer=byte_tokenizer())
-    with pytest.raises(NothingPatchedError, match="sliding"):
-        patch_model(zoo.SUPPORTED["mistral"].build(), "infiniretri")
-    with pytest.raises(ConfigError, match="template"):
-        patch_model(tiny(), "infiniretri", template="{question}{context}")
-
-
-def test_chat_template_is_used() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[bot]"
-    prompt = make_prompt(tokenizer, "{context} Q: {question}", QUESTION, None)
-    text = tokenizer.decode(prompt.ids(tokenize(tokenizer, "CTX")))
-    assert re.fullmatch(r"\[user\]CTX Q: " + re.escape(QUESTION) + r"\[bot\]", text)
 
 
 def test_the_patch_without_reading_changes_nothing() -> None:
@@ -365,19 +220,3 @@ def test_the_page_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(script, "infiniretri.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "The secret code for brisk-otter is 271828." in printed and "\n 271828" in printed
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "狐は眠る。水車の近くで！本当？🦊 Ünïcödé — naïve café. " * 12,
-        "one,two;three\r\nfour,five;six\r\n\r\n" * 20,
-        "x" * 900,
-    ],
-    ids=["unicode", "crlf", "no end"],
-)
-def test_any_text_is_read_to_its_end(text: str) -> None:
-    with patched(tiny(), "infiniretri", **SETTINGS) as patch:
-        found = patch.retrieve(text, QUESTION, tokenizer=byte_tokenizer(), progress=False)
-    assert found.path[0]["start"] == 0 and found.path[-1]["end"] == len(text) and found.chunks > 1
-    assert found.kept and all(text[k.start : k.end] == k.text for k in found.kept)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import make_call, make_method
+from method_calls import make_call, make_method
 
 from hfpatch.core.logits import capped, causal, log_sum, logits, weights
 from hfpatch.methods._column_sums import ColumnSums

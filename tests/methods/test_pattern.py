@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracles import DECODES, SHAPES, check_executors, chosen_mask, make_call, make_method, pattern
+from method_calls import DECODES, SHAPES, check_executors, chosen_mask, make_call, make_method
+from oracles import pattern
 
 from hfpatch.core.selection import Layout
 

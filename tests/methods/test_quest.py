@@ -3,7 +3,8 @@
 import pytest
 import torch
 import zoo
-from oracles import DECODES, check_executors, chosen_mask, make_call, make_method, quest
+from method_calls import DECODES, check_executors, chosen_mask, make_call, make_method
+from oracles import quest
 
 from hfpatch import patched
 from hfpatch.methods.quest import Pages

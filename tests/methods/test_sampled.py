@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracles import SHAPES, check_executors, chosen_mask, heads_of, make_call, make_method, tiles_of
+from method_calls import SHAPES, check_executors, chosen_mask, make_call, make_method
+from oracles import heads_of, tiles_of
 from torch import Tensor
 
 from hfpatch.core import sampling as module

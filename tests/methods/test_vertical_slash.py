@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import zoo
-from oracles import SHAPES, check_executors, chosen_mask, make_call, make_method, vertical_slash
+from method_calls import SHAPES, check_executors, chosen_mask, make_call, make_method
+from oracles import vertical_slash
 
 from hfpatch import PatchConfig, patched
 from hfpatch.errors import ConfigError

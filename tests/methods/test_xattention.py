@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracles import SHAPES, check_executors, chosen_mask, make_call, make_method, xattention
+from method_calls import SHAPES, check_executors, chosen_mask, make_call, make_method
+from oracles import xattention
 
 from hfpatch.errors import ConfigError
 from hfpatch.methods import xattention as module

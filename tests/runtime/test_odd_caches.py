@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
+from zoo_model import randomize
 
 from hfpatch import patched
 from hfpatch.runtime.cache_slot import find_slot, has_room, is_cache, tokens_seen
@@ -55,7 +56,7 @@ def built(name: str) -> PreTrainedModel:
         pytest.skip("this release does not have the model")
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**config)).eval()
-    zoo.randomize(model)
+    randomize(model)
     try:
         cache = prefill(model, zoo.prompt(model, 1, 9))
     except AttributeError:

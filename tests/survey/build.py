@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import transformers
-import zoo
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from zoo_model import randomize
 
 from .shrink import SPECIAL, shrink
 from .sizes import VOCAB
@@ -34,7 +34,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(config).float().eval()
-        zoo.randomize(model)
+        randomize(model)
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)
     return model
 
