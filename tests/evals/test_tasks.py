@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 ASKING = [name for name in list_tasks() if name != "perplexity_by_position"]
 HIDING = ["single", "multi_key", "multi_value", "multi_query", "passkey"]
-GROWING = ["kv_retrieval", "common_words", "frequent_words", "few_shot"]
+GROWING = ["kv_retrieval", "line_retrieval", "common_words", "frequent_words", "few_shot"]
 
 
 @lru_cache
