@@ -139,10 +139,11 @@ def _config(source: Source) -> Any:
 def _from_pretrained(source: Source, dtype: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    causal = type(_config(source)) in AutoModelForCausalLM._model_mapping
+    config = _config(source)
+    causal = type(config) in AutoModelForCausalLM._model_mapping
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     try:
-        return auto.from_pretrained(source.name, dtype=dtype, **source.model_keywords)
+        return auto.from_pretrained(source.name, config=config, dtype=dtype, **source.model_keywords)
     except (OSError, ValueError) as error:
         raise _not_found(source, error) from error
 
