@@ -37,13 +37,14 @@ class Kind:
 
 KINDS = [
     Kind(NiahJob([64, 128], (0, 100), 1), lambda job: {
-        "grid": [{"depth": d / 100, "score": 1.0, "samples": 1} for d in job.depths], "tokens": 60.5, **ATTENDED,
+        "grid": [{"depth": d / 100, "score": 1.0, "samples": 1, "answer_nll": 0.25} for d in job.depths],
+        "tokens": 60.5, "nll_by_steps": False, **ATTENDED,
     }),
     Kind(ReaderJob([256], (50,), 1), lambda job: {
         "grid": [READ], "reads_in_chunks": False, "question_in_sparse_part": False,
     }),
     Kind(TaskJob("multi_key", [64], 2, label="multi_key"), lambda job: {
-        "score": 0.5, "samples": 2, "seconds": 0.5, **ATTENDED,
+        "score": 0.5, "samples": 2, "answer_nll": 0.5, "nll_by_steps": True, "seconds": 0.5, **ATTENDED,
     }),
     Kind(PerplexityJob([128], 1, 2), lambda job: {
         "positions": [{"start": a, "stop": a + 64, **RANGE} for a in (0, 64)], "samples": 1, **ATTENDED,

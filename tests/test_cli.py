@@ -61,6 +61,8 @@ def test_check_tells_each_layer(run, folder):
 def test_check_refuses_what_patch_model_refuses(run, folder):
     code, _, err = run("check", folder, "--patch", "streaming", "--set", "dense_layers=2")
     assert code == 2 and "would patch none of the 2 attention layers" in err
+    code, out, err = run("check", folder, "--patch", "dhsa-paper")
+    assert code == 2 and "needs a trained predictor" in err and not out.strip()
 
 
 def test_niah_writes_results_samples_and_plot(run, folder, tmp_path):

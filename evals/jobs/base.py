@@ -24,9 +24,9 @@ def setting(schema: Mapping[str, Any], default: Any = MISSING, help: str = "") -
     return field(default=default, metadata=metadata)
 
 
-def keys(**properties: Data) -> Data:
-    """The schema of an object with at least these keys."""
-    return {"type": "object", "required": list(properties), "properties": properties}
+def keys(may_have: Mapping[str, Data] | None = None, /, **properties: Data) -> Data:
+    """The schema of an object with at least these keys, and with those of `may_have` if they are there."""
+    return {"type": "object", "required": list(properties), "properties": {**properties, **(may_have or {})}}
 
 
 class Job(ABC):
@@ -46,6 +46,9 @@ class Job(ABC):
     entry: ClassVar[Data] = {}
     lengths: Sequence[int] = ()
     label: str
+
+    def check(self, cell: Cell, session: Session) -> None:  # noqa: B027
+        """Raise EvaluationError where the model has no positions for a cell; asked of all before the first is run."""
 
     def cells(self, variants: Sequence[Variant]) -> list[Cell]:
         """What is done or not done: a cell per length and variant, the short ones first."""

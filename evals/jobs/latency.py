@@ -104,6 +104,10 @@ class LatencyJob(Job):
         """The settings, and the order of the runs."""
         return {**super().settings(), "order": "interleaved, reversed and rotated"}
 
+    def check(self, cell: Cell, session: Session) -> None:
+        """The prompt and what is decoded after it."""
+        check_length(session.loaded, cell.length + self.decode_tokens)
+
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Check the executors, which warms patched variants up once, warm up, then time all in turns.
 
@@ -111,7 +115,6 @@ class LatencyJob(Job):
         """
         loaded = session.loaded
         variants = [*session.variants, *other_backends(loaded)]
-        check_length(loaded, cell.length + self.decode_tokens)
         ids = text_ids(loaded, cell.length, session.seed)
         checks = {v.name: check_variant(loaded, v, ids).to_dict() for v in variants if v.config}
         before = load_average()

@@ -44,10 +44,13 @@ class PerplexityJob(Job):
         """Every sample once, without an answer."""
         return Work(self.samples, 0)
 
+    def check(self, cell: Cell, session: Session) -> None:
+        """The prompt."""
+        check_length(session.loaded, cell.length)
+
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Mean negative log-likelihood in nats per range of positions, over all samples of one length."""
         loaded, variant, task = session.loaded, session.variant(cell.variant), PerplexityByPosition()
-        check_length(loaded, cell.length)
         samples = task.samples(loaded.tokenizer, cell.length, self.samples, session.seed, haystack=self.haystack)
         records: list[Data] = []
         with variant.applied(loaded.model) as patch:

@@ -5,16 +5,17 @@ from statistics import mean
 from typing import Any
 
 from ..run.stats import interval, tokens
-from .base import FLAG, NUMBER, TEXT, keys
-from .view import SHARE, Answer, Aspect, HeatMap, Number, Row, Table, TableCell, lengths_of, names_of
+from .base import FIGURE, FLAG, NUMBER, TEXT, keys
+from .view import PLAIN, SHARE, Answer, Aspect, HeatMap, Number, Row, Table, TableCell, lengths_of, names_of
 
 ATTENDED = {"variant": TEXT, "question_in_sparse_part": FLAG, "density_prefill": NUMBER, "density_decode": NUMBER}
+NLL = "answer_nll"
 INTERVALS = "In brackets: the 95 % Wilson interval of the share, in percent."
 
 
 def attended(**properties: Any) -> dict[str, Any]:
     """The schema of a row with densities and these keys."""
-    return keys(**ATTENDED, **properties)
+    return keys({NLL: FIGURE, "nll_by_steps": FLAG}, **ATTENDED, **properties)
 
 
 def percent(value: float) -> str:
@@ -25,6 +26,12 @@ def percent(value: float) -> str:
 SCORE = Aspect(
     "score", "Score: share of answers that are right.", percent,
     lambda own, dense, clear: f"scores {own:.0%} where dense scores {dense:.0%}",
+)  # fmt: skip
+LIKELY = Aspect(
+    "answer NLL", "Answer NLL: mean negative log-likelihood of the true answer, nats per token; lower is better.",
+    lambda value: f"{value:.3f}",
+    lambda own, dense, clear: f"gives the true answer {own:.3f} nats per token where dense gives {dense:.3f}",
+    more_is_better=False,
 )  # fmt: skip
 DENSITY = Aspect(
     "keys attended",
@@ -39,6 +46,7 @@ def score_answers(rows: Sequence[Row], decode_only: Collection[str]) -> list[Ans
     for r in rows:
         phase = "density_decode" if r["variant"] in decode_only else "density_prefill"
         found += [Answer(SCORE, r["variant"], r["score"]), Answer(DENSITY, r["variant"], float(r[phase]))]
+        found += [Answer(LIKELY, r["variant"], float(r[NLL]))] if NLL in r else []
     return found
 
 
@@ -69,17 +77,32 @@ def by_length(rows: Sequence[Row]) -> dict[tuple[str, int], tuple[float, float, 
     return {key: pooled(own) for key, own in groups.items()}
 
 
+def nll_by_length(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """Mean answer NLL per variant and length, where it was measured."""
+    groups: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if NLL in row:
+            groups.setdefault((row["variant"], row["length"]), []).append(row[NLL])
+    return {key: mean(own) for key, own in groups.items()}
+
+
+def with_nll(rows: Sequence[Row], name: str) -> str:
+    """The variant's name, with its mean answer NLL where that was measured."""
+    own = [r[NLL] for r in rows if r["variant"] == name and NLL in r]
+    return f"{name}, answer NLL {mean(own):.3f}" if own else name
+
+
 def score_numbers(rows: Sequence[Row]) -> list[Number]:
-    """Scores per variant and length, for comparing."""
+    """Scores and answer NLL per variant and length, for comparing."""
     return [
         Number("score", name, tokens(length), score, SHARE, low, high)
         for (name, length), (score, low, high) in by_length(rows).items()
-    ]
+    ] + [Number("answer NLL", name, tokens(length), nll, PLAIN) for (name, length), nll in nll_by_length(rows).items()]
 
 
 def score_table(rows: Sequence[Row], title: str) -> Table:
     """Scores by variant and length with their intervals, and the keys attended to at the greatest length."""
-    found, lengths = by_length(rows), lengths_of(rows)
+    found, nll, lengths = by_length(rows), nll_by_length(rows), lengths_of(rows)
     body: list[list[str | TableCell]] = []
     for name in names_of(rows):
         scores = [found.get((name, n)) for n in lengths]
@@ -87,8 +110,10 @@ def score_table(rows: Sequence[Row], title: str) -> Table:
         body.append([
             name, *(TableCell(percent(s[0]), interval_text(*s[1:])) if s else "" for s in scores),
             f"{last['density_prefill']:.0%} / {last['density_decode']:.0%}",
+            *([" / ".join(f"{nll[name, n]:.3f}" if (name, n) in nll else "-" for n in lengths)] if nll else []),
         ])  # fmt: skip
-    return Table(title, ["variant", *map(tokens, lengths), "keys attended"], body)
+    header = ["variant", *map(tokens, lengths), "keys attended", *(["answer NLL"] if nll else [])]
+    return Table(title, header, body)
 
 
 def score_notes(rows: Sequence[Row]) -> list[str]:
@@ -97,12 +122,26 @@ def score_notes(rows: Sequence[Row]) -> list[str]:
     told = f"inside the sparse part for {', '.join(inside)}" if inside else "under no sparse prefill"
     longest = tokens(lengths_of(rows)[-1])
     return [
+        *(_nll_notes(rows) if any(NLL in r for r in rows) else []),
         INTERVALS, f"Keys attended: share in the prefill / in decoding, prompts of {longest} tokens.",
         f"The question stands at the end of the one prompt, {told}.",
     ]  # fmt: skip
 
 
+def _nll_notes(rows: Sequence[Row]) -> list[str]:
+    """How the answer NLL was measured."""
+    stepped = list(dict.fromkeys(r["variant"] for r in rows if r.get("nll_by_steps")))
+    told = f"; {', '.join(stepped)}, acting in decoding alone, got the answer token by token" if stepped else ""
+    return [
+        "Answer NLL, by prompt length: mean negative log-likelihood of the true answer in nats per token. Prompt and "
+        f"answer were read in one forward pass under the patch{told}.",
+    ]
+
+
 def score_map(rows: Sequence[Row], label: str) -> HeatMap:
     """A panel per variant: score by depth and length."""
-    panels = {n: {(r["depth"], r["length"]): r["score"] for r in rows if r["variant"] == n} for n in names_of(rows)}
+    panels = {
+        with_nll(rows, n): {(r["depth"], r["length"]): r["score"] for r in rows if r["variant"] == n}
+        for n in names_of(rows)
+    }
     return HeatMap(panels, label)

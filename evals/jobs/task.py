@@ -6,25 +6,36 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from hfpatch.text.needles import STYLES
+
 from ..errors import EvaluationError
+from ..run.answer_nll import answer_nll
 from ..run.cells import Cell, CellResult, Data, Session, Work
 from ..run.generation import complete
 from ..run.models import Loaded, check_length
 from ..run.stats import tokens
 from ..run.variants import Variant
 from ..tasks import Sample, get_task
-from .base import COUNT, LENGTHS, NUMBER, POSITIVE, TEXT, Job, setting
+from .base import COUNT, FLAG, LENGTHS, NUMBER, POSITIVE, TEXT, Job, setting
 from .registry import register_job
 from .scores import (
+    NLL,
     attended,
     bounded,
     by_length,
+    nll_by_length,
     score_answers,
     score_notes,
     score_numbers,
     score_table,
+    with_nll,
 )
 from .view import Bar, Bars, Lines, Panel, Row, Series, View, heading, lengths_of, names_of
+
+CHAT = {"type": ["boolean", "null"]}
+CHAT_HELP = "Prompts through the chat template, the question in the user's turn; null: where there is a template."
+NEEDLE = {"enum": [None, *STYLES]}
+NEEDLE_HELP = "How needles are said; null: in the embedded model's grammar for that model, else in ordinary words."
 
 
 class AnswerJob(Job):
@@ -32,6 +43,7 @@ class AnswerJob(Job):
 
     samples: int
     batch_size: int
+    nll: bool
 
     def samples_of(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
         """All samples of one length; the same for every variant."""
@@ -46,8 +58,9 @@ class AnswerJob(Job):
         raise NotImplementedError
 
     def found(self, records: Sequence[Data]) -> Data:
-        """What a cell has found, from its samples' records."""
-        return {"score": mean(r["score"] for r in records), "samples": len(records)}
+        """What a cell, or a part of it, has found, from its samples' records."""
+        nll = {NLL: mean(r[NLL] for r in records)} if self.nll else {}
+        return {"score": mean(r["score"] for r in records), "samples": len(records), **nll}
 
     def points(self, data: Data) -> Sequence[Data]:
         """The parts of what a cell has found, a row each."""
@@ -59,13 +72,21 @@ class AnswerJob(Job):
         return self.samples
 
     def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:
-        """Batches."""
-        return -(-self.asked // self.batch_size)
+        """Batches, and what is read again."""
+        return -(-self.asked // self.batch_size) + self.asked * self.nll
+
+    def check(self, cell: Cell, session: Session) -> None:
+        """The prompt and the longest answer that is known before the prompts are."""
+        check_length(session.loaded, cell.length, self.least_room)
+
+    @property
+    def least_room(self) -> int:
+        """New tokens that any answer may take."""
+        return 1
 
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Answer every sample of one length under one variant."""
         loaded, variant = session.loaded, session.variant(cell.variant)
-        check_length(loaded, cell.length)
         samples = self.samples_of(loaded, cell.length, session.seed)
         room = self.room(loaded, samples)
         check_length(loaded, cell.length, room)
@@ -79,23 +100,37 @@ class AnswerJob(Job):
             report = patch.report() if patch else None
         seconds = time.perf_counter() - start
         inside = variant.question_in_sparse_part
+        stepped = variant.config is not None and not inside
+        likely = self._likely(session, variant, samples, stepped) if self.nll else [{} for _ in samples]
         records = [
             {
                 "job": self.label, "variant": variant.name, **s.meta, "length": cell.length,
                 "tokens": s.meta.get("length"), "expected": self.expected(s), "output": out,
-                "score": self.score(s, out), "question_in_sparse_part": inside,
+                "score": self.score(s, out), "question_in_sparse_part": inside, **nll,
             }
-            for s, out in zip(samples, outputs, strict=True)
+            for s, out, nll in zip(samples, outputs, likely, strict=True)
         ]  # fmt: skip
         data = {
             **self.found(records),
             "question_in_sparse_part": inside,
+            **({"nll_by_steps": stepped} if self.nll else {}),
             "density_prefill": report.density("prefill") if report else 1.0,
             "density_decode": report.density("decode") if report else 1.0,
             "fallbacks": report.fallbacks() if report else {},
             "seconds": seconds,
         }
         return CellResult(data, records)
+
+    @staticmethod
+    def _likely(session: Session, variant: Variant, samples: Sequence[Sample], stepped: bool) -> list[Data]:
+        """The true answer's NLL for every sample."""
+        loaded, found = session.loaded, []
+        with variant.applied(loaded.model):
+            for s in samples:
+                nll = answer_nll(loaded.model, loaded.tokenizer, s.prompt, s.continuation, steps=stepped)
+                found.append({NLL: nll})
+                session.step()
+        return found
 
     def expected(self, sample: Sample) -> str | list[str]:
         """The answer as it is recorded."""
@@ -128,6 +163,9 @@ class TaskJob(AnswerJob):
     lengths: Sequence[int] = setting(LENGTHS)
     samples: int = setting(COUNT, 20, "Per length.")
     batch_size: int = setting(COUNT, 4)
+    chat: bool | None = setting(CHAT, None, CHAT_HELP)
+    needle: str | None = setting(NEEDLE, None, NEEDLE_HELP)
+    nll: bool = setting(FLAG, True, "Measure the true answer's likelihood too: one more forward pass per prompt.")
     options: Mapping[str, Any] = setting({"type": "object"}, {}, "The task's own settings.")
     label: str = ""
 
@@ -150,9 +188,15 @@ class TaskJob(AnswerJob):
 
     def samples_of(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
         """The task's samples."""
-        return get_task(self.task).samples(loaded.tokenizer, length, self.samples, seed, **self.options)
+        options = {"chat": self.chat, "needle": self.needle, **self.options}
+        return get_task(self.task).samples(loaded.tokenizer, length, self.samples, seed, **options)
 
     def room(self, loaded: Loaded, samples: Sequence[Sample]) -> int:
+        """As the task says."""
+        return self.least_room
+
+    @property
+    def least_room(self) -> int:
         """As the task says."""
         return get_task(self.task).max_new_tokens
 
@@ -162,7 +206,7 @@ class TaskJob(AnswerJob):
 
     def work(self, cell: Cell, variants: Sequence[Variant]) -> Work | None:
         """Every sample once."""
-        return Work(self.asked, get_task(self.task).max_new_tokens, self.batch_size)
+        return Work(self.asked, self.least_room, self.batch_size, read_again=self.asked * self.nll)
 
     @classmethod
     def view(cls, entry: Data, decode_only: Collection[str] = ()) -> View:
@@ -179,11 +223,20 @@ class TaskJob(AnswerJob):
 def _plot(rows: Sequence[Row]) -> Lines | Bars:
     found, lengths = by_length(rows), lengths_of(rows)
     if len(lengths) == 1:
-        bars = [Bar(name, *score) for (name, _), score in found.items()]
+        bars = [Bar(with_nll(rows, name), *score) for (name, _), score in found.items()]
         return Bars({"": bars}, "score", note=f", prompts of {tokens(lengths[0])} tokens")
     lines = []
     for name in names_of(rows):
         own = {n: found[name, n] for n in lengths if (name, n) in found}
         score, low, high = zip(*own.values(), strict=True)
         lines.append(Series(name, list(own), score, low, high))
-    return Lines([Panel(lines, "score", percent=True)])
+    panels = [Panel(lines, "score", percent=True)]
+    if nll := nll_by_length(rows):
+        likely = [_nll_line(nll, name) for name in names_of(rows)]
+        panels.append(Panel(likely, "answer NLL (lower is better)"))
+    return Lines(panels)
+
+
+def _nll_line(nll: Mapping[tuple[str, int], float], name: str) -> Series:
+    own = {length: value for (variant, length), value in nll.items() if variant == name}
+    return Series(name, list(own), list(own.values()))

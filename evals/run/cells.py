@@ -36,12 +36,16 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Work:
-    """What a cell takes, for estimates; on a CPU a cell of its `own_process` loads the model anew."""
+    """What a cell takes, for estimates; on a CPU a cell of its `own_process` loads the model anew.
+
+    `read_again` prompts are read once more, with their answers.
+    """
 
     prompts: int
     new_tokens: int
     at_once: int = 1
     own_process: bool = False
+    read_again: int = 0
 
 
 class Runnable(Protocol):
@@ -59,6 +63,8 @@ class Runnable(Protocol):
     def steps(self, cell: Cell, variants: Sequence[Variant]) -> int: ...
 
     def work(self, cell: Cell, variants: Sequence[Variant]) -> Work | None: ...
+
+    def check(self, cell: Cell, session: "Session") -> None: ...
 
     def run(self, cell: Cell, session: "Session") -> CellResult: ...
 

@@ -72,6 +72,7 @@ def _of_job(run: Run, job: Runnable, loaded: Loaded, speed: Speed) -> Estimate:
             continue
         prompts += work.prompts
         seconds += work.prompts * speed.seconds(cell.length, work.new_tokens)
+        seconds += work.read_again * speed.seconds(cell.length, 0)
         if work.own_process and loaded.device.type == "cpu":
             seconds += speed.load + CHILD_SECONDS
         peak = max(peak, memory_bytes(loaded, cell, work.at_once))

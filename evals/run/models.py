@@ -1,4 +1,4 @@
-"""MODEL arguments: a folder, a Hub id, or `embedded`."""
+"""MODEL arguments: a folder, a GGUF file, a Hub id, or `embedded`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from hfpatch.errors import ConfigError, UnsupportedModelError
 from hfpatch.runtime.positions import position_limit, position_table
 
 from ..errors import EvaluationError, ModelNotFoundError
+from .gguf import Source, find_source
 
 EMBEDDED = "embedded"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,8 +69,9 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Loa
     if name == EMBEDDED:
         model, tokenizer = _load_embedded(dtype)
     else:
-        model = _from_pretrained(name, "auto" if dtype == "auto" else getattr(torch, dtype))
-        tokenizer = _tokenizer(name)
+        source = find_source(name)
+        model = _from_pretrained(source, "auto" if dtype == "auto" else getattr(torch, dtype))
+        tokenizer = _tokenizer(source)
     found: Any = model
     return Loaded(name, found.to(where).eval(), tokenizer)
 
@@ -97,14 +99,10 @@ def check_positions(model: Any, tokens: int, new_tokens: int, name: str = "") ->
 
 def load_skeleton(name: str) -> PreTrainedModel:
     """The model without its weights, on the meta device, from its config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if name == EMBEDDED:
-        name = str(_checkpoint())
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _not_found(name, error) from error
+    source = Source(str(_checkpoint())) if name == EMBEDDED else find_source(name)
+    config = _config(source)
     with torch.device("meta"):
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
             if type(config) in auto._model_mapping:
@@ -129,29 +127,40 @@ def _checkpoint() -> Path:
     return CHECKPOINT
 
 
-def _from_pretrained(name: str, dtype: Any) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def _config(source: Source) -> Any:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
-        causal = type(config) in AutoModelForCausalLM._model_mapping
-        auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-        return auto.from_pretrained(name, dtype=dtype)
+        return AutoConfig.from_pretrained(source.name, **source.keywords)
     except (OSError, ValueError) as error:
-        raise _not_found(name, error) from error
+        raise _not_found(source, error) from error
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _from_pretrained(source: Source, dtype: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = _config(source)
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    try:
+        return auto.from_pretrained(source.name, config=config, dtype=dtype, **source.model_keywords)
+    except (OSError, ValueError) as error:
+        raise _not_found(source, error) from error
+
+
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(source.name, **source.keywords)
     except (OSError, ValueError) as error:
-        raise _not_found(f"the tokenizer of {name}", error) from error
+        raise _not_found(source, error, "the tokenizer of ") from error
 
 
-def _not_found(name: str, error: Exception) -> ModelNotFoundError:
+def _not_found(source: Source, error: Exception, part: str = "") -> ModelNotFoundError:
     reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
+    name = source.name if source.file is None else str(Path(source.name) / source.file)
     return ModelNotFoundError(
-        f"Cannot load {name!r}: give a model folder, a Hub id that can be reached, or 'embedded' ({reason:.200})."
+        f"Cannot load {part + name!r}: give a model folder, a GGUF file, a Hub id that can be reached, or 'embedded' "
+        f"({reason:.200})."
     )

@@ -109,6 +109,8 @@ def clear(out: Path) -> None:
 def _work(run: Run, cells: Cells, session: Session, journal: Journal, progress: Progress) -> None:
     if not cells:
         return
+    for job, cell in cells:
+        job.check(cell, session)
     with progress(run.title, run.steps(cells)) as step:
         session.step = step
         for job, cell in cells:

@@ -27,6 +27,14 @@ _TASKS: dict[str, Task] = {
             "kv_retrieval", "one line of many `key: value` lines", facts.pairs, {"count": None}, 16, grow="count"
         ),
         FactTask(
+            "line_retrieval",
+            "the register content of one numbered line of many, as in LongEval",
+            facts.registers,
+            {"count": None},
+            16,
+            grow="count",
+        ),
+        FactTask(
             "variable_tracking",
             "a chain of assignments followed to its number",
             grammar.tracking,

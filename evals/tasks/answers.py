@@ -10,6 +10,7 @@ _DIGIT = regex.compile(r"\p{Nd}")
 _GROUPED = regex.compile(
     r"(?<![\d.]|\d,)(?:\d{1,3}([,'’_٬\u00a0\u2009\u202f])\d{3}(?:\1\d{3})*|\d{1,2}(?:,\d{2})+,\d{3})(?!\d|,\d)"
 )
+_THOUGHT = regex.compile(r"(?s)\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)")
 _WORD = rf"(?V1)[[\p{{L}}\p{{M}}\p{{Nd}}\u200c\u200d]--[{UNSPACED}]]"
 # What may not stand before and after an answer that begins or ends with a character of the kind.
 _BESIDE = {
@@ -31,6 +32,16 @@ def holds(text: str, answer: str) -> bool:
         return False
     before, after = _BESIDE[_kind(wanted[0])][0], _BESIDE[_kind(wanted[-1])][1]
     return regex.search(before + regex.escape(wanted) + after, _plain(text)) is not None
+
+
+def without_thoughts(output: str) -> str:
+    """A generated text without the parts in which the model thinks, the blanks in front of the rest aside."""
+    return _THOUGHT.sub("", output).lstrip()
+
+
+def first_line(output: str) -> str:
+    """The first line of an answer, thinking parts cut."""
+    return without_thoughts(output).partition("\n")[0]
 
 
 def _plain(text: str) -> str:

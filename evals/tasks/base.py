@@ -8,17 +8,21 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hfpatch.text.needles import STYLES
+
 from ..errors import EvaluationError
-from .answers import holds
+from .answers import holds, without_thoughts
 
 PLACES = ("end", "both")
-COMMON_OPTIONS: Mapping[str, Any] = {"haystack": "grammar", "depth": None, "question_place": "end"}
+COMMON_OPTIONS: Mapping[str, Any] = {
+    "haystack": "grammar", "depth": None, "question_place": "end", "needle": None, "chat": False,
+}  # fmt: skip
 _GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt.
+    """One prompt, the answers to be found in what follows it, and how it goes on where all of them are given.
 
     `meta`: `task`, `length` (tokens of the prompt, special ones included), `requested`, `depth` of what is asked for
     (None where several facts are) and `depths` of all facts (0 start, 1 end of the haystack), `haystack`, `seed`,
@@ -29,13 +33,16 @@ class Sample:
     prompt: str
     answers: list[str]
     meta: dict[str, Any] = field(default_factory=dict)
+    continuation: str = ""
 
 
 class Task(ABC):
     """A generator of samples and their score.
 
     `max_new_tokens` suffices for the answer even with one token per byte; an answer ends at a string of `stop`.
-    `options` are the settings `samples` takes, with their defaults; COMMON_OPTIONS go with every task.
+    `options` are the settings `samples` takes, with their defaults; COMMON_OPTIONS go with every task: `needle` is a
+    style of `hfpatch.text.needles` (None: what the model knows), `chat` puts the prompt through the chat template
+    (None: where there is one).
     """
 
     def __init__(
@@ -64,7 +71,7 @@ class Task(ABC):
 
     def score(self, text: str, sample: Sample) -> float:
         """Share of the sample's answers that the generated text gives before its first stop string, in [0, 1]."""
-        return recall(clip(text, self.stop), sample.answers)
+        return recall(clip(without_thoughts(text), self.stop), sample.answers)
 
     @abstractmethod
     def _sample(
@@ -83,6 +90,11 @@ class Task(ABC):
             raise EvaluationError(f"{self.name}: depth={depth!r} is not between 0 (start) and 1 (end).")
         if place not in PLACES:
             raise EvaluationError(f"{self.name}: question_place={place!r} is not one of {', '.join(PLACES)}.")
+        needle, chat = chosen["needle"], chosen["chat"]
+        if needle is not None and needle not in STYLES:
+            raise EvaluationError(f"{self.name}: needle={needle!r} is not one of {', '.join(STYLES)}.")
+        if chat is not None and not isinstance(chat, bool):
+            raise EvaluationError(f"{self.name}: chat={chat!r} is neither true, false nor null.")
         return chosen
 
     def rng(self, seed: int, index: int, part: str = "facts") -> random.Random:

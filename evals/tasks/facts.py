@@ -35,6 +35,20 @@ def pairs(rng: random.Random, count: int = 8) -> grammar.Task:
     return grammar.Task([f"{k}: {v};" for k, v in lines], [turn], target)
 
 
+def registers(rng: random.Random, count: int = 8) -> grammar.Task:
+    """Numbered lines in random order, each with the content of a register, one looked up; as in LongEval."""
+    numbers = rng.sample(range(1, 10 * count + 1), count)
+    values = [str(rng.randrange(10_000, 100_000)) for _ in numbers]
+    target = rng.randrange(count)
+    asked = numbers[target]
+    turn = (
+        f"Question: What is the register content in line {asked}? Answer: The register content in line {asked} is",
+        f" {values[target]}.",
+    )
+    facts = [f"line {n}: the register content is {value}." for n, value in zip(numbers, values, strict=True)]
+    return grammar.Task(facts, [turn], target)
+
+
 def invented_words(rng: random.Random, syllables: int) -> Iterator[str]:
     """Endless different words that mean nothing."""
     known: set[str] = set()

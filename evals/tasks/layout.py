@@ -17,12 +17,12 @@ _TRIES, _DRAWN = 16, 4
 
 @dataclass(frozen=True)
 class Layout:
-    """A prompt, its tokens (special ones included), the facts' depths in [0, 1] and where the closing tail begins."""
+    """A prompt, its tokens (special ones included), the facts' depths in [0, 1], where the closing question begins."""
 
     prompt: str
     tokens: int
     depths: list[float]
-    tail_at: int
+    question_at: int
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -39,21 +39,23 @@ def compose(
     head: str = "",
     tail: str = "",
     drawn: Collection[int] = (),
+    lead: str = "",
 ) -> Layout:
-    """`head`, pieces of `source` with the facts at the borders nearest to their depths, `tail`; lines apart.
+    """`lead`, `head`, pieces of `source` with the facts at the borders nearest to their depths, `tail`; lines apart.
 
     At most `length` tokens, and few less than that. Facts of equal depth keep their order; nobody asked for the depths
     of those in `drawn`, which may be missed by more. Raises EvaluationError when the facts alone do not fit, and when
     the length or a depth is missed by more than a little.
     """
-    least = _render(tokenizer, facts, [0.0] * len(facts), head, tail, [], [])
+    around = lead, head, tail
+    least = _render(tokenizer, facts, [0.0] * len(facts), around, [], [])
     if least.tokens > length:
         raise EvaluationError(
             f"{length} tokens are too few: question and facts alone take {least.tokens}; raise the length."
         )
     if source is None:
         return least
-    render = partial(_render, tokenizer, facts, depths, head, tail)
+    render = partial(_render, tokenizer, facts, depths, around)
     hay, sizes = draw(tokenizer, source, length - least.tokens)
     found = render(hay, sizes)
     while found.tokens > length:
@@ -108,11 +110,11 @@ def _render(
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[str],
     depths: Sequence[float],
-    head: str,
-    tail: str,
+    around: tuple[str, str, str],
     hay: list[str],
     sizes: list[int],
 ) -> Layout:
+    lead, head, tail = around
     ends = [0, *accumulate(sizes)]
     borders = [nearest(ends, depth * ends[-1]) for depth in depths]
     parts: list[str] = []
@@ -121,10 +123,10 @@ def _render(
         parts += [*hay[done:border], facts[n]]
         done = border
     body = " ".join([*parts, *hay[done:]])
-    start = "\n".join(part for part in (head, body) if part)
+    start = lead + "\n".join(part for part in (head, body) if part)
     prompt = f"{start}\n{tail}" if tail else start
     if hay:
         got = [ends[border] / ends[-1] for border in borders]
     else:
         got = [n / max(len(facts) - 1, 1) for n in range(len(facts))]
-    return Layout(prompt, count_tokens(tokenizer, prompt), got, len(prompt) - len(tail))
+    return Layout(prompt, count_tokens(tokenizer, prompt), got, len(prompt) - len(tail.lstrip()))

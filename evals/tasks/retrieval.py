@@ -8,10 +8,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hfpatch.text import grammar
+from hfpatch.text.needles import styled
 from hfpatch.text.sources import sentences
 
 from ..errors import EvaluationError
 from .base import Sample, Task, even_depth
+from .frame import Frame, frame_of, style_of
 from .layout import Layout, compose
 
 _NUMBER = re.compile(r"\d{5,}")
@@ -49,26 +51,37 @@ class FactTask(Task):
     ) -> Sample:
         depth = even_depth(seed, index) if options["depth"] is None else float(options["depth"])
         own = {name: options[name] for name in self._own}
+        frame, style = frame_of(tokenizer, options["chat"]), style_of(tokenizer, options["needle"])
         if self._grow and own[self._grow] is None:
-            found, task = self._grown(tokenizer, length, seed, index, own, options["question_place"], depth)
+
+            def attempt(count: int) -> tuple[Layout, grammar.Task]:
+                task = self._made(seed, index, {**own, str(self._grow): count}, style)
+                if task.spread:
+                    task = _moved(task, round(depth * (len(task.facts) - 1)))
+                head, tail = _question(task, options["question_place"], frame)
+                depths = [0.0] * len(task.facts)
+                return compose(tokenizer, task.facts, depths, None, 1 << 40, head, tail, lead=frame.before), task
+
+            found, task = self._grown(length, attempt)
             haystack = "none"
         else:
-            task = self._made(seed, index, own)
+            task = self._made(seed, index, own, style)
             depths = self._depths(task, depth, self.rng(seed, index, "depths"), options["depth"] is not None)
-            head, tail = _question(task, options["question_place"])
+            head, tail = _question(task, options["question_place"], frame)
             haystack = str(options["haystack"])
             source = sentences(haystack, self.rng(seed, index, "haystack"))
             drawn = [n for n in range(len(task.facts)) if task.spread and (self._ordered or n != task.target)]
-            found = compose(tokenizer, task.facts, depths, source, length, head, tail, drawn)
+            found = compose(tokenizer, task.facts, depths, source, length, head, tail, drawn, frame.before)
         answer = task.turns[0][1]
         together = haystack == "none" and not task.spread
         known = None if self._ordered or together else found.depths[task.target]
         meta = {
             "task": self.name, "length": found.tokens, "requested": length, "depth": known,
             "depths": found.depths, "haystack": haystack, "seed": seed, "index": index,
-            "question_place": options["question_place"], "question_at": found.tail_at, "question_in_sparse_part": True,
+            "question_place": options["question_place"], "question_at": found.question_at,
+            "question_in_sparse_part": True,
         }  # fmt: skip
-        return Sample(found.prompt, _answers(answer), meta)
+        return Sample(found.prompt, _answers(answer), meta, answer.rstrip(".;"))
 
     def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         chosen = super()._checked(options)
@@ -81,9 +94,9 @@ class FactTask(Task):
                 raise EvaluationError(f"{self.name}: {name}={value!r} is not a number from 0 to {MOST}{more}.")
         return chosen
 
-    def _made(self, seed: int, index: int, own: dict[str, Any]) -> grammar.Task:
+    def _made(self, seed: int, index: int, own: dict[str, Any], style: str) -> grammar.Task:
         try:
-            return self._build(self.rng(seed, index), **own)
+            return styled(self._build(self.rng(seed, index), **own), style, self.rng(seed, index, "style"))
         except (TypeError, ValueError, IndexError) as error:
             raise EvaluationError(f"it cannot be made with {own} ({error}); use the defaults.") from error
 
@@ -99,24 +112,9 @@ class FactTask(Task):
         return depths
 
     def _grown(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        seed: int,
-        index: int,
-        own: dict[str, Any],
-        place: str,
-        depth: float,
+        self, length: int, attempt: Callable[[int], tuple[Layout, grammar.Task]]
     ) -> tuple[Layout, grammar.Task]:
-        """As many facts as fit into `length` tokens, the one asked for moved to `depth`."""
-
-        def attempt(count: int) -> tuple[Layout, grammar.Task]:
-            task = self._made(seed, index, {**own, str(self._grow): count})
-            if task.spread:
-                task = _moved(task, round(depth * (len(task.facts) - 1)))
-            head, tail = _question(task, place)
-            return compose(tokenizer, task.facts, [0.0] * len(task.facts), None, 1 << 40, head, tail), task
-
+        """As many facts as fit into `length` tokens; `attempt` lays out so many."""
         low, best = self._least, attempt(self._least)
         if best[0].tokens > length:
             raise EvaluationError(
@@ -143,10 +141,10 @@ def _moved(task: grammar.Task, place: int) -> grammar.Task:
     return grammar.Task(facts, task.turns, place, task.spread)
 
 
-def _question(task: grammar.Task, place: str) -> tuple[str, str]:
+def _question(task: grammar.Task, place: str, frame: Frame) -> tuple[str, str]:
     """What stands before and after the haystack."""
-    tail = task.turns[0][0]
-    return (_LEAD.split(tail)[0] if place == "both" else ""), tail
+    turn = task.turns[0][0]
+    return (_LEAD.split(turn)[0] if place == "both" else ""), frame.tail(turn)
 
 
 def _answers(expected: str) -> list[str]:

@@ -126,12 +126,17 @@ class Answers:
     entropy: Tensor
 
 
+def supervised(examples: Sequence[Example]) -> bool:
+    """Whether every example has an answer that is one of its labels."""
+    return all(e.answer is not None and e.answer in e.labels for e in examples)
+
+
 class Questions:
     """Examples as tokens, in batches of equal length."""
 
     def __init__(self, tokenizer: Any, examples: Sequence[Example], batch: int = 32) -> None:
         self.examples = list(examples)
-        self.supervised = all(e.answer is not None and e.answer in e.labels for e in examples)
+        self.supervised = supervised(examples)
         names = sorted({label for e in examples for label in e.labels})
         self.names = names
         self.first = torch.tensor([self._first(tokenizer, n) for n in names], dtype=torch.long)

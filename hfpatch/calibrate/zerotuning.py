@@ -20,7 +20,7 @@ from ..files.output import own_folder, write_json
 from ..methods.zerotuning import ZeroTuningConfig
 from ..runtime.model_facts import query_heads
 from ..version import __version__
-from .classification import Answers, Example, Questions, Source, measures
+from .classification import Answers, Example, Questions, Source, measures, supervised
 from .intervals import paired, wilson
 from .options import Answer, Batch, Count, Data, Names, Prompt, Renamed, Shots, Split
 
@@ -99,6 +99,13 @@ class _Runs:
     def __init__(self, model: nn.Module, questions: Questions, search: Search, advance: Callable[[], None]) -> None:
         self.model, self.questions, self.search, self.advance = model, questions, search, advance
         self.done: dict[Setting, Answers] = {}
+        self.steps = 0
+
+    def step(self, upto: int | None = None) -> None:
+        """Advance by one, or to so many."""
+        for _ in range(1 if upto is None else upto - self.steps):
+            self.steps += 1
+            self.advance()
 
     def __call__(self, gamma: float = 1.0, heads: Sequence[int] = ()) -> Answers:
         key: Setting = (1.0, ()) if gamma == 1 or not heads else (gamma, tuple(sorted(heads)))
@@ -109,8 +116,14 @@ class _Runs:
                     self.done[key] = self.questions.ask(self.model)
             else:
                 self.done[key] = self.questions.ask(self.model)
-            self.advance()
+            self.step()
         return self.done[key]
+
+
+def most_settings(search: Search, heads: int, searches: int) -> int:
+    """Settings that so many searches, one per objective and seed, try at most: the steps of a calibration."""
+    grid = max(sum(g > 1 for g in search.gammas), sum(g < 1 for g in search.gammas))
+    return 1 + 2 * heads + searches * (grid + search.random_draws)
 
 
 def calibrate_zerotuning(
@@ -146,6 +159,7 @@ def calibrate_zerotuning(
             outcome = _search(runs, objective, seed, rows[kept:], heads)
             outcome.held_out = _report(runs, outcome, rows[:kept], rows[kept:], heads)
             outcomes.append(outcome)
+            runs.step(upto=most_settings(s, heads, len(outcomes)))
     everything = torch.arange(len(questions))
     sweep = [{"gamma": g, "heads": list(h), **measures(questions, a, everything)} for (g, h), a in runs.done.items()]
     name = getattr(getattr(model, "config", None), "name_or_path", None) or None
@@ -256,7 +270,8 @@ def zerotuning(
     with own_folder(out, (SWEEP_FILE,)):
         loaded = load_model(model, dtype, device)
         found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
-        with progress("settings", 2 * (query_heads(loaded.model) or 0) + 1) as advance:
+        searches = len(OBJECTIVES if supervised(found) else OBJECTIVES[1:]) * len(search.seeds)
+        with progress("settings", most_settings(search, query_heads(loaded.model) or 0, searches)) as advance:
             result = calibrate_zerotuning(loaded.model, loaded.tokenizer, found, search, batch=batch, advance=advance)
         result.save(out)
     for line in summary(result):

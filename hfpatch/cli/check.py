@@ -20,7 +20,10 @@ from .console import console
 
 
 def show_check(name: str, model: Any, variants: Sequence[Variant]) -> None:
-    """Print a line per attention layer; without patches, a line per method. Raises when a patch is refused."""
+    """Print a line per attention layer; without patches, a line per method. Raises first when a patch is refused."""
+    refusals = [sentence for v in variants if (sentence := _refusal(name, model, v))]
+    if refusals:
+        raise HfpatchError(" ".join(refusals))
     found = survey(model)
     kinds = Counter(layer.kind for layer in found.layers)
     console.print(
@@ -33,9 +36,6 @@ def show_check(name: str, model: Any, variants: Sequence[Variant]) -> None:
         _method_table(model)
     for module, why in found.skipped:
         console.print(f"left alone: {module} ({why})", style="dim")
-    refusals = [sentence for v in variants if (sentence := _refusal(name, model, v))]
-    if refusals:
-        raise HfpatchError(" ".join(refusals))
 
 
 def _methods(variant: Variant) -> list[MethodConfig]:

@@ -7,6 +7,7 @@ import typer
 
 from ..errors import ConfigError
 from ..files.output import writable
+from ..text.needles import STYLES
 from .console import console, quieten
 from .options import (
     LONGEST,
@@ -79,6 +80,13 @@ def niah(
     samples: Annotated[int, number("Samples per length and depth.", 1, MANY)] = 4,
     haystack: Annotated[str, typer.Option(help="grammar, prose, or the path of a text file.")] = "grammar",
     batch_size: Annotated[int, number("Prompts per batch; masks take memory by its length squared.", 1, MANY)] = 4,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--plain", help="Prompts through the chat template; by default where there is one."),
+    ] = None,
+    needle: Annotated[
+        str | None, typer.Option(help="grammar, words or cities; grammar for the embedded model, else words.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,
@@ -88,9 +96,12 @@ def niah(
     from hfpatch.evals.jobs.niah import NiahJob
     from hfpatch.evals.run.runner import Run
 
+    if needle is not None and needle not in STYLES:
+        raise ConfigError(f"--needle {needle!r:.40} is not one of {', '.join(STYLES)}.")
     job = NiahJob(
-        numbers(lengths, "lengths", low=32), numbers(depths, "depths", low=0, high=100), samples, haystack, batch_size
-    )
+        numbers(lengths, "lengths", low=32), numbers(depths, "depths", low=0, high=100), samples, haystack, batch_size,
+        chat, needle,
+    )  # fmt: skip
     execute_and_show(
         Run("niah", model, _variants(patch, set, patch_args), [job], dtype, device, seed), out, fresh=True
     )

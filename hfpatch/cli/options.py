@@ -30,7 +30,7 @@ def _between(low: float, high: float) -> Callable[[typer.CallbackParam, Any], An
     return check
 
 
-Model = Annotated[str, typer.Argument(help="Model folder, Hub id, or 'embedded'.", metavar="MODEL")]
+Model = Annotated[str, typer.Argument(help="Model folder, GGUF file, Hub id, or 'embedded'.", metavar="MODEL")]
 Patches = Annotated[
     list[str] | None,
     typer.Option(

@@ -15,40 +15,41 @@ from pathlib import Path
 PROSE_FILE = Path(__file__).parent / "data" / "prose.txt"
 
 
-def _words(text: str, separator: str | None = None) -> list[str]:
+def word_list(text: str, separator: str | None = None) -> list[str]:
+    """The words of a text."""
     return text.split(separator)
 
 
-ADJECTIVES = _words(
+ADJECTIVES = word_list(
     "agile amber bold brave brisk calm clever crisp dapper dusty eager early faint fancy frosty gentle "
     "grand happy hazy humble icy jolly keen kind lively loud lucky lunar mellow merry mild misty nice noble "
     "oval pale polite proud quick quiet rapid royal rusty sandy shy silent silly solar spicy sunny tall tidy "
     "tiny urban vivid warm wild wise witty young zesty"
 )
-NOUNS = _words(
+NOUNS = word_list(
     "anchor badger basket beacon blanket bottle bridge cactus camel candle canyon carpet castle comet "
     "dolphin donkey dragon eagle ember engine falcon feather fiddle forest garden goblet hammer harbor "
     "helmet island jacket kettle ladder lantern lemon lizard magnet maple meadow mirror nebula needle ocean "
     "orchid otter parrot pebble pencil pepper pigeon planet quartz rabbit raven river rocket saddle shadow spider "
     "temple tiger timber tunnel turtle umbrella valley velvet violin walnut whistle willow window yacht zebra"
 )
-VERBS = _words(
+VERBS = word_list(
     "borrows carries cleans finds follows greets guards hides ignores lifts measures moves opens paints "
     "praises remembers repairs sells studies visits watches"
 )
-PLACES = _words(
+PLACES = word_list(
     "airport bakery chapel farm kitchen library market museum office palace school stadium station theater tower"
 )
-TIMES = _words(
+TIMES = word_list(
     "at dawn|before noon|after lunch|in the evening|at midnight|on Monday|in winter|every spring|"
     "last summer|this week|without a word|for no reason|once again",
     "|",
 )
 TOPICS = {
-    "animal": _words("badger camel dolphin donkey eagle falcon otter parrot pigeon rabbit tiger zebra"),
-    "plant": _words("cactus lemon maple orchid pepper walnut willow"),
-    "tool": _words("anchor hammer helmet kettle ladder lantern magnet needle pencil whistle"),
-    "place": _words("bridge canyon castle forest garden harbor island meadow ocean river temple valley"),
+    "animal": word_list("badger camel dolphin donkey eagle falcon otter parrot pigeon rabbit tiger zebra"),
+    "plant": word_list("cactus lemon maple orchid pepper walnut willow"),
+    "tool": word_list("anchor hammer helmet kettle ladder lantern magnet needle pencil whistle"),
+    "place": word_list("bridge canyon castle forest garden harbor island meadow ocean river temple valley"),
 }
 
 _FORMS: tuple[str, ...] = (

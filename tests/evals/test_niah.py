@@ -70,7 +70,7 @@ def test_batched_completions_equal_single_ones(model, tokenizer):
 
 
 def test_scores_follow_the_text_and_record_the_question(model, tokenizer, monkeypatch):
-    job = NiahJob([256], depths=[0, 100], samples=2, batch_size=3)
+    job = NiahJob([256], depths=[0, 100], samples=2, batch_size=3, needle="grammar")
     session = Session("tiny", parse_variants(["streaming"], {"window": 32}))
     session.loaded = Loaded("tiny", model, tokenizer)
     values = {s.prompt: s.answers[0] for s in job.samples_of(session.loaded, 256, 0)}

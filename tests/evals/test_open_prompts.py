@@ -72,7 +72,9 @@ def test_special_tokens_stay_in_front_and_go_at_the_end(template, tokenizer):
 
 
 @pytest.mark.parametrize("template", CLOSED)
-@pytest.mark.parametrize("job", [NiahJob([200], [50], 1), TaskJob("passkey", [200], 1), ReaderJob([200], [50])])
+@pytest.mark.parametrize(
+    "job", [NiahJob([200], [50], 1, nll=False), TaskJob("passkey", [200], 1, nll=False), ReaderJob([200], [50])]
+)
 def test_generating_jobs_ask_open_questions(job, template, tokenizer):
     made = with_template(tokenizer, template)
     stub = Stub(made)

@@ -265,7 +265,7 @@ def test_estimate_counts_prompts_and_grows_with_length(tmp_path, folder, model, 
     session.loaded = Loaded(folder, model, tokenizer)
     niah, key, _, latency = estimate(run, session, Speed(linear=1.0, square=0.5, token=2.0, load=3.0))
     assert (niah.cells, niah.prompts, key.prompts, latency.prompts) == (4, 16, 4, 20)
-    assert niah.seconds == sum(8 * (n + n * n / 2 + 20) for n in (128, 256))
+    assert niah.seconds == sum(8 * (2 * (n + n * n / 2) + 20) for n in (128, 256))
     assert latency.peak > niah.peak > sum(p.numel() * 4 for p in model.parameters())
 
 

@@ -109,7 +109,7 @@ def test_needle_tables_carry_wilson_intervals_on_the_page_and_where_there_is_roo
     assert views(results)[0].table.cells[0][1] == TableCell(shown, small)
     write_report(results, out)
     assert f"<td>{shown} <small>{small}</small></td>" in (out / "report.html").read_text()
-    for width, there in ((100, f"{shown} {small}"), (60, small), (40, shown)):
+    for width, there in ((100, f"{shown} {small}"), (72, small), (40, shown)):
         told = StringIO()
         print_results({**results, "jobs": [job]}, Console(file=told, width=width), words=False)
         assert there in told.getvalue() and max(map(len, told.getvalue().splitlines())) <= width

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 ASKING = [name for name in list_tasks() if name != "perplexity_by_position"]
 HIDING = ["single", "multi_key", "multi_value", "multi_query", "passkey"]
-GROWING = ["kv_retrieval", "common_words", "frequent_words", "few_shot"]
+GROWING = ["kv_retrieval", "line_retrieval", "common_words", "frequent_words", "few_shot"]
 
 
 @lru_cache
@@ -150,7 +150,13 @@ def test_more_pairs_than_keys_are_made():
 @pytest.mark.parametrize("name", GROWING)
 def test_a_number_of_facts_leaves_room_for_a_haystack(name):
     task = get_task(name)
-    option = {"kv_retrieval": "count", "common_words": "rare", "frequent_words": "words", "few_shot": "shots"}[name]
+    option = {
+        "kv_retrieval": "count",
+        "line_retrieval": "count",
+        "common_words": "rare",
+        "frequent_words": "words",
+        "few_shot": "shots",
+    }[name]
     sample = task.samples(byte_tokenizer(), 4096, 1, **{option: 20})[0]
     assert sample.meta["haystack"] == "grammar"
     assert sample.meta["length"] > 4000
