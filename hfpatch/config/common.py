@@ -31,14 +31,14 @@ def dense_layers(note: str = "") -> int:
     return option(0, "first decoder layers that stay dense" + note, ge=0)
 
 
-def sink_blocks(default: int) -> int:
+def sink_blocks(default: int, old: str | None = "sink") -> int:
     """Setting `sink_blocks`."""
-    return option(default, "first key blocks, always kept", ge=0, old="sink")
+    return option(default, "first key blocks, always kept", ge=0, old=old)
 
 
-def window_blocks(default: int) -> int:
+def window_blocks(default: int, old: str | None = "window") -> int:
     """Setting `window_blocks`."""
-    return option(default, "last key blocks up to the tile's own, always kept", ge=1, old="window")
+    return option(default, "last key blocks up to the tile's own, always kept", ge=1, old=old)
 
 
 def most_keys() -> int | float | None:

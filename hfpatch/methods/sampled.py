@@ -34,8 +34,8 @@ class SampledConfig(BlockConfig):
     floor: int = option(512, "at least so many keys per tile, in tokens", ge=0)
     block_q: int = option(64, "queries per tile", ge=1)
     block_k: int = option(64, "keys per block", ge=1)
-    sink_blocks: int = sink_blocks(1)
-    window_blocks: int = window_blocks(2)
+    sink_blocks: int = sink_blocks(1, old=None)
+    window_blocks: int = window_blocks(2, old=None)
 
     def validate(self) -> None:
         if self.block_k % self.pool:
