@@ -18,13 +18,13 @@ ROOMS = {
     "methods": "dhsa flux infiniretri",
     "calibrate.flux": "flux.examples flux.processes flux.ranking flux.training",
     "text": "evals.testbed.text:grammar evals.tasks.sources",
-    "evals.run": "evals.cells evals.runner evals.results evals.shards evals.estimate evals.models evals.variants "
+    "evals.run": "evals.cells evals.runner evals.shards evals.estimate evals.models evals.variants "
     "evals.generation evals.stats evals.patch_files evals.backends evals.correctness",
     "evals.jobs": "evals.bench:latency evals.memory evals.niah evals.task_job:task evals.reader_job:reader "
     "evals.lm_eval_job:lm_eval evals.perplexity_job:perplexity",
     "evals.recipe": "evals.recipe_run:build",
-    "evals.report": "evals.page evals.page_template evals.plots evals.more_plots:plots evals.summary evals.tables "
-    "evals.compare",
+    "evals.report": "evals.results:read evals.page evals.page_template evals.plots evals.more_plots:plots "
+    "evals.summary evals.tables evals.compare",
 }
 
 

@@ -49,7 +49,7 @@ class NiahJob(AnswerJob):
         """Prompts of one cell."""
         return len(self.depths) * self.samples
 
-    def samples_of(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
+    def build(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
         """All samples of one length, depth by depth; the same for every variant."""
         made, frame, style = [], frame_of(loaded.tokenizer, self.chat), style_of(loaded.tokenizer, self.needle)
         for depth in self.depths:

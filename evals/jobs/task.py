@@ -45,7 +45,7 @@ class AnswerJob(Job):
     batch_size: int
     nll: bool
 
-    def samples_of(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
+    def build(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
         """All samples of one length; the same for every variant."""
         raise NotImplementedError
 
@@ -59,7 +59,7 @@ class AnswerJob(Job):
 
     def found(self, records: Sequence[Data]) -> Data:
         """What a cell, or a part of it, has found, from its samples' records."""
-        nll = {NLL: mean(r[NLL] for r in records)} if self.nll else {}
+        nll = {NLL: mean(r[NLL] for r in records)} if all(NLL in r for r in records) else {}
         return {"score": mean(r["score"] for r in records), "samples": len(records), **nll}
 
     def points(self, data: Data) -> Sequence[Data]:
@@ -87,7 +87,7 @@ class AnswerJob(Job):
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Answer every sample of one length under one variant."""
         loaded, variant = session.loaded, session.variant(cell.variant)
-        samples = self.samples_of(loaded, cell.length, session.seed)
+        samples = self.build(loaded, cell.length, session.seed)
         room = self.room(loaded, samples)
         check_length(loaded, cell.length, room)
         outputs: list[str] = []
@@ -101,7 +101,8 @@ class AnswerJob(Job):
         seconds = time.perf_counter() - start
         inside = variant.question_in_sparse_part
         stepped = variant.config is not None and not inside
-        likely = self._likely(session, variant, samples, stepped) if self.nll else [{} for _ in samples]
+        asks = self.nll and callable(loaded.model)  # what only generates has no likelihoods
+        likely = self._likely(session, variant, samples, stepped) if asks else [{} for _ in samples]
         records = [
             {
                 "job": self.label, "variant": variant.name, **s.meta, "length": cell.length,
@@ -113,7 +114,7 @@ class AnswerJob(Job):
         data = {
             **self.found(records),
             "question_in_sparse_part": inside,
-            **({"nll_by_steps": stepped} if self.nll else {}),
+            **({"nll_by_steps": stepped} if asks else {}),
             "density_prefill": report.density("prefill") if report else 1.0,
             "density_decode": report.density("decode") if report else 1.0,
             "fallbacks": report.fallbacks() if report else {},
@@ -186,7 +187,7 @@ class TaskJob(AnswerJob):
         listed = ", ".join(sorted(known))
         return ("options", unknown[0]), f"{self.task} has no option {unknown[0]!r}; options are {listed}."
 
-    def samples_of(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
+    def build(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
         """The task's samples."""
         options = {"chat": self.chat, "needle": self.needle, **self.options}
         return get_task(self.task).samples(loaded.tokenizer, length, self.samples, seed, **options)

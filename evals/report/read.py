@@ -7,8 +7,13 @@ from hfpatch.files.json_text import load_json
 
 from ..errors import EvaluationError
 from ..jobs.registry import job_kinds
-from ..run.results import RESULTS
+from ..run.journal import JOURNAL, Journal
+from ..run.results import RESULTS, SAMPLES, environment, write_jsonl
 from ..schema import by_kind, first_problem, load_schema
+
+__all__ = [
+    "JOURNAL", "RESULTS", "SAMPLES", "Journal", "environment", "read_results", "results_schema", "write_jsonl",
+]  # fmt: skip
 
 
 def results_schema() -> dict[str, Any]:

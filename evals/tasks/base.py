@@ -35,6 +35,16 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     continuation: str = ""
 
+    @property
+    def value(self) -> str:
+        """The first answer."""
+        return self.answers[0]
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the prompt, special ones included, where that was counted."""
+        return self.meta.get("length")
+
 
 class Task(ABC):
     """A generator of samples and their score.

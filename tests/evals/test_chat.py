@@ -46,7 +46,7 @@ def chat_tokenizer(template: str = TEMPLATE, begins: bool = True):
 def test_a_chat_prompt_is_what_the_template_gives(begins):
     tokenizer = chat_tokenizer(begins=begins)
     job = NiahJob([700], [50], 1)
-    [sample] = job.samples_of(Loaded("x", None, tokenizer), 700, 0)
+    [sample] = job.build(Loaded("x", None, tokenizer), 700, 0)
     start, answer = sample.prompt.index("Read this"), sample.prompt.rindex("[end]")
     messages = [{"role": "user", "content": sample.prompt[start:answer]}]
     told = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -62,7 +62,7 @@ def place(tokenizer, prompt: str) -> tuple[float, int]:
 @pytest.mark.parametrize("make", [byte_tokenizer, word_tokenizer, None], ids=["bytes", "words", "pieces"])
 def test_niah_prompts_have_their_length_and_depth(haystack, make, tokenizer):
     chosen = make() if make else tokenizer
-    for sample in NiahJob([1000], [0, 30, 100], 1, haystack, needle="grammar").samples_of(
+    for sample in NiahJob([1000], [0, 30, 100], 1, haystack, needle="grammar").build(
         Loaded("x", None, chosen), 1000, 0
     ):
         tokens, depth, reached = (sample.meta[k] for k in ("length", "depth", "depth_reached"))

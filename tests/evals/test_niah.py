@@ -73,7 +73,7 @@ def test_scores_follow_the_text_and_record_the_question(model, tokenizer, monkey
     job = NiahJob([256], depths=[0, 100], samples=2, batch_size=3, needle="grammar")
     session = Session("tiny", parse_variants(["streaming"], {"window": 32}))
     session.loaded = Loaded("tiny", model, tokenizer)
-    values = {s.prompt: s.answers[0] for s in job.samples_of(session.loaded, 256, 0)}
+    values = {s.prompt: s.answers[0] for s in job.build(session.loaded, 256, 0)}
 
     def answer(model, tokenizer, prompts, room):
         return [f" {values[p]}." if p.startswith(grammar.needle("", "")[:15]) else " 000000." for p in prompts]
