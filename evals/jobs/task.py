@@ -1,6 +1,7 @@
 """Tasks of `hfpatch.evals.tasks` under every variant: generated answers, scored."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -38,24 +39,24 @@ NEEDLE = {"enum": [None, *STYLES]}
 NEEDLE_HELP = "How needles are said; null: in the embedded model's grammar for that model, else in ordinary words."
 
 
-class AnswerJob(Job):
+class AnswerJob(Job, ABC):
     """Jobs that generate answers to prompts of one length, in batches, and score them."""
 
     samples: int
     batch_size: int
     nll: bool
 
+    @abstractmethod
     def build(self, loaded: Loaded, length: int, seed: int) -> list[Sample]:
         """All samples of one length; the same for every variant."""
-        raise NotImplementedError
 
+    @abstractmethod
     def room(self, loaded: Loaded, samples: Sequence[Sample]) -> int:
         """New tokens an answer may take."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, sample: Sample, output: str) -> float:
         """How right an answer is, in [0, 1]."""
-        raise NotImplementedError
 
     def found(self, records: Sequence[Data]) -> Data:
         """What a cell, or a part of it, has found, from its samples' records."""
