@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfpatch.text.prompt_ids import prompt_ids
 
-from .answer_nll import answer_ids, kept_logits
+from .answer_nll import answer_ids, kept_logits, with_cache
 from .generation import pad_id
 from .models import check_positions
 
@@ -38,11 +38,11 @@ class SharedPrompt:
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=copy.deepcopy(self._cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=pad_id(self.model, self.tokenizer),
+            **with_cache(self.model, copy.deepcopy(self._cache)),
         )
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -57,7 +57,7 @@ class SharedPrompt:
         cuts = [self.tokens, *(range(start, len(ids)) if steps else [len(ids) - 1])]
         cache, found = copy.deepcopy(self._cache), []
         for begin, end in pairwise(cuts):
-            out = self.model(row[:, begin:end], past_key_values=cache, use_cache=True)
+            out = self.model(row[:, begin:end], use_cache=True, **with_cache(self.model, cache))
             cache = out.past_key_values
             found.append(out.logits[0, -1:] if steps else out.logits[0, start - 1 - self.tokens :])
         logits: Tensor = torch.cat(found).float()

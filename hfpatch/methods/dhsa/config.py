@@ -19,6 +19,9 @@ class DhsaConfig(MethodConfig):
 
     method: ClassVar[str] = "dhsa"
     budget: int | float = option(2048, "tokens every query block may see, or a share of the keys", gt=0, share=True)
+    decode_budget: int | float | None = option(
+        None, "tokens or share of the keys that a decode step may see; as `budget` when None", gt=0, share=True
+    )
     sink: int = option(64, "first tokens, always visible, inside the budget", ge=0)
     local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
     block_q: int | None = option(
@@ -63,6 +66,11 @@ class DhsaConfig(MethodConfig):
                 f"dhsa: budget={self.budget} has no room for sink + local + {block} = {self.least} tokens; "
                 "raise it or lower one of these."
             )
+        if isinstance(self.decode_budget, int) and self.decode_budget <= self._around:
+            raise ConfigError(
+                f"dhsa: decode_budget={self.decode_budget} has no room for sink + local + the token itself = "
+                f"{self._around + 1} tokens; raise it or lower one of these."
+            )
         if self.boundaries == "fixed" and self.chunk % self.align:
             raise ConfigError(f"dhsa: chunk={self.chunk} must be a multiple of align={self.align}.")
         if self.block_q and self.block_q % self.align:
@@ -82,9 +90,12 @@ class DhsaConfig(MethodConfig):
     def _around(self) -> int:
         return self.sink + self.local + (3 * self.align if self.align > 1 else 0)
 
-    def units(self, keys: int) -> int:
-        """Budget in units of `align` tokens for a call with `keys` keys."""
-        wanted = self.budget if isinstance(self.budget, int) else max(self.least, math.ceil(self.budget * keys))
+    def units(self, keys: int, decode: bool = False) -> int:
+        """Budget in units of `align` tokens for a call with `keys` keys, a decode step or not."""
+        budget, least = self.budget, self.least
+        if decode and self.decode_budget is not None:
+            budget, least = self.decode_budget, self._around + 1
+        wanted = budget if isinstance(budget, int) else max(least, math.ceil(budget * keys))
         return -(-wanted // self.align)
 
     def block(self, units: int) -> int:

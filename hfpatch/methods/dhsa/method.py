@@ -98,7 +98,7 @@ class Dhsa(Method[DhsaConfig]):
 
     def _select(self, call: AttentionCall) -> Selection | None:
         c = self.config
-        units = c.units(call.Lk)
+        units = c.units(call.Lk, call.phase == "decode")
         if call.Lk <= units * c.align or (c.phase == "prefill" and call.phase == "decode"):
             return None
         return self.sharing.once("selection", call, (call.Lq, call.Lk), self._choose, call, units)
@@ -127,7 +127,7 @@ class Dhsa(Method[DhsaConfig]):
     def _score(self, call: AttentionCall, chunks: Chunks, begin: Tensor, start: int, stop: int, block: int) -> Tensor:
         """Scores `[B, H, nQ, C]` of the query blocks between queries `start` and `stop`, at positions `begin [nQ]`."""
         c, shared = self.config, self.config.head_sharing == "all"
-        if c.score == "queries" and block > 1:
+        if c.score == "queries":
             return score_by_queries(call, chunks, start, stop, block, c.queries or -(-block // 16), shared)
         q = pool_queries(call.q[:, :, start:stop], block)  # [B, Hq, nQ, D]
         return score_chunks(q, chunks, "mass" if c.score == "queries" else c.score, begin, call.scale, shared)
