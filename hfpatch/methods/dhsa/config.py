@@ -38,7 +38,7 @@ class DhsaConfig(MethodConfig):
     )
     score: str = option(
         "mass",
-        "what chunks are ranked by: mean queries and keys, or a few real queries and all keys in prefill ('queries'); "
+        "what chunks are ranked by: mean queries and keys, or a few real queries and all keys ('queries'); "
         "'mean' is the paper's",
         choices=RULES,
     )

@@ -113,7 +113,7 @@ class Dhsa(Method[DhsaConfig]):
         dense = min(max(0, (units * align - off) // block * block), stop)
         if stop <= dense or off + stop <= units * align:
             return None
-        chunks = table.chunks(call.k, upto=off + stop - c.local)
+        chunks = table.bare if c.score == "queries" else table.chunks(call.k, upto=off + stop - c.local)
         begin = torch.arange(off + dense, off + stop, block, device=call.q.device)  # [nQ]
         score = self._score(call, chunks, begin, dense, stop, block)  # [B, H, nQ, C]
         if call.Lq > off:  # most of a prompt: the moments would lie idle while the other layers work
@@ -130,7 +130,7 @@ class Dhsa(Method[DhsaConfig]):
         if c.score == "queries":
             return score_by_queries(call, chunks, start, stop, block, c.queries or -(-block // 16), shared)
         q = pool_queries(call.q[:, :, start:stop], block)  # [B, Hq, nQ, D]
-        return score_chunks(q, chunks, "mass" if c.score == "queries" else c.score, begin, call.scale, shared)
+        return score_chunks(q, chunks, c.score, begin, call.scale, shared)
 
     def _room(self, begin: Tensor, end: Tensor, units: int, keys: int) -> Room:
         """The budget of query blocks at positions `begin .. end`, both `[nQ]`."""
