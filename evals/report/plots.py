@@ -133,7 +133,11 @@ def _lines(plot: Lines) -> Figure:
             _length_axis(axis, sorted({x for s in panel.series for x in s.x}))
         axis.set_xlabel(plot.x_label)
     columns = min(len(names), 3 if len(plot.panels) == 1 else 4)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+    shown: dict[str, Any] = {}
+    for axis in grid.flat:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(name, handle)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
     return figure
 
 
