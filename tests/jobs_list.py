@@ -53,7 +53,8 @@ KINDS = [
         "score": 0.5, "samples": 2, "answer_nll": 0.5, "nll_by_steps": True, "seconds": 0.5, **ATTENDED,
     }),
     Kind(PerplexityJob([128], 1, 2), lambda job: {
-        "positions": [{"start": a, "stop": a + 64, **RANGE} for a in (0, 64)], "samples": 1, **ATTENDED,
+        "positions": [{"start": a, "stop": a + 64, **RANGE} for a in (0, 64)], "samples": 1,
+        "nll_of_samples": [1.0], **ATTENDED,
     }),
     Kind(LmEvalJob(["arc_easy"], 2), lambda job: {
         "task": "arc_easy", "metric": "acc", "score": 0.25, "samples": 2, **ATTENDED,
