@@ -176,7 +176,7 @@ def mean_nll(parts: Iterable[Sequence[float]]) -> float:
 
 def difference(own: Sequence[float] | None, dense: Sequence[float] | None) -> Data:
     """Mean difference of the samples' NLL to dense's, paired, with its interval; nothing where one is not known."""
-    if own is None or dense is None:
+    if own is None or dense is None or len(own) != len(dense):
         return {}
     return dict(zip(DIFFERENCE, mean_interval([a - b for a, b in zip(own, dense, strict=True)]), strict=True))
 
