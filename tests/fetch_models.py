@@ -24,9 +24,11 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(f"there is no model {unknown[0]!r}; choose from {', '.join(MODELS)}")
     failed = [name for name in asked.names or MODELS if not fetched(name, asked.folder / name)]
     if failed:
+        terms = " Gemma's terms have to be accepted on its page, after `hf auth login`." if "gemma3" in failed else ""
+        names = ", ".join(failed)
         sys.exit(
-            f"not fetched: {', '.join(failed)}. The Hub has to be reached, HF_HUB_OFFLINE unset; Gemma's terms have "
-            "to be accepted on its page, after `hf auth login`. Started again, this goes on with what is missing."
+            f"not fetched: {names}. The Hub has to be reached, HF_HUB_OFFLINE unset.{terms} Started again, this goes "
+            "on with what is missing."
         )
 
 

@@ -10,7 +10,8 @@ def test_without_the_hub_every_model_is_named_and_what_to_do(tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as left:
         fetch_models.main([str(tmp_path), "smollm2", "gemma3"])
-    assert str(left.value.code).startswith("not fetched: smollm2, gemma3. The Hub has to be reached")
+    told = str(left.value.code)
+    assert told.startswith("not fetched: smollm2, gemma3. The Hub has to be reached") and "Gemma's terms" in told
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and told[0].startswith("smollm2: HuggingFaceTB/SmolLM2-135M-Instruct cannot be fetched: ")
 

@@ -23,7 +23,7 @@ FOLDER = "HFPATCH_REAL_MODELS"
 NAMES = ("smollm2", "qwen05")
 LENGTH = 600
 QUARTER = {
-    "dhsa": {"budget": 0.25, "question_tokens": 0, "sink": 8, "local": 32},
+    "dhsa": {"budget": 0.14, "question_tokens": 0, "sink": 8, "local": 32},
     "sampled": {"budget": 0.25, "top_p": 1.0, "floor": 0, "min_length": 0, "sink_blocks": 1, "window_blocks": 1},
 }  # fmt: skip
 

@@ -131,6 +131,8 @@ def _lines(plot: Lines) -> Figure:
         _dress(axis, panel)
         if plot.lengths:
             _length_axis(axis, sorted({x for s in panel.series for x in s.x}))
+        else:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel(plot.x_label)
     columns = min(len(names), 3 if len(plot.panels) == 1 else 4)
     shown: dict[str, Any] = {}
