@@ -1,6 +1,6 @@
 """What jobs that score answers share: shares with their Wilson intervals, and the score's place in the answer."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -15,9 +15,9 @@ READ = "Prompt and answer were read in one forward pass"
 INTERVALS = "In brackets: the 95 % Wilson interval of the share, in percent."
 
 
-def attended(**properties: Any) -> dict[str, Any]:
-    """The schema of a row with densities and these keys."""
-    return keys({NLL: FIGURE, "nll_by_steps": FLAG}, **ATTENDED, **properties)
+def attended(may_have: Mapping[str, Any] | None = None, /, **properties: Any) -> dict[str, Any]:
+    """The schema of a row with densities and these keys, and with those of `may_have` if they are there."""
+    return keys({NLL: FIGURE, "nll_by_steps": FLAG, **(may_have or {})}, **ATTENDED, **properties)
 
 
 def percent(value: float) -> str:
