@@ -105,3 +105,22 @@ def test_a_decode_step_sees_what_weighs_most() -> None:
 def test_no_room_in_a_decode_step_is_said() -> None:
     with pytest.raises(ConfigError, match="decode_budget=72 has no room"):
         make_method("dhsa", budget=200, sink=8, local=64, decode_budget=72)
+
+
+def test_decode_steps_are_dense_where_choosing_would_not_pay() -> None:
+    """Eight budgets of 1,024 tokens or more; smaller ones, shares and a limit that was asked for do as they say."""
+    step, few = make_call((1, 4, 2, 1, 9000), dim=4), make_call((1, 4, 2, 1, 8000), dim=4)
+    sparse = {}
+    for label, settings in {
+        "1024": {"budget": 1024}, "in decode": {"budget": 400, "decode_budget": 1024}, "share": {"budget": 0.5},
+        "small": {"budget": 400}, "asked": {"budget": 1024, "decode_min_length": 0},
+        "later": {"budget": 400, "decode_min_length": 8500},
+    }.items():  # fmt: skip
+        found = make_method("dhsa", boundaries="fixed", **settings)
+        sparse[label] = [found.select(c) is not None for c in (few, step)]
+    late, soon = [False, True], [True, True]
+    assert sparse == {"1024": late, "in decode": late, "share": soon, "small": soon, "asked": soon, "later": late}
+    assert make_method("dhsa").notes() == [
+        "dhsa: decode steps with fewer than 16384 keys run dense (decode_min_length)"
+    ]
+    assert make_method("dhsa", phase="prefill").notes() == make_method("dhsa", budget=400).notes() == []

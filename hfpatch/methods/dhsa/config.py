@@ -22,6 +22,9 @@ class DhsaConfig(MethodConfig):
     decode_budget: int | float | None = option(
         None, "tokens or share of the keys that a decode step may see; as `budget` when None", gt=0, share=True
     )
+    decode_min_length: int | None = option(
+        None, "decode steps with fewer keys run dense; None: 8 budgets of 1024 tokens or more, else 0", ge=0
+    )
     sink: int = option(64, "first tokens, always visible, inside the budget", ge=0)
     local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
     block_q: int | None = option(
@@ -37,8 +40,8 @@ class DhsaConfig(MethodConfig):
         "group", "one selection per key-value group, or one for all heads", choices=("group", "all"), old="heads"
     )
     score: str = option(
-        "mass",
-        "what chunks are ranked by: mean queries and keys, or a few real queries and all keys ('queries'); "
+        "queries",
+        "what chunks are ranked by: some real queries of the block and all keys ('queries'), or means of both; "
         "'mean' is the paper's",
         choices=RULES,
     )
@@ -97,6 +100,14 @@ class DhsaConfig(MethodConfig):
             budget, least = self.decode_budget, self._around + 1
         wanted = budget if isinstance(budget, int) else max(least, math.ceil(budget * keys))
         return -(-wanted // self.align)
+
+    @property
+    def sparse_decode_from(self) -> int:
+        """Keys from which decode steps are sparse: with fewer, choosing takes longer than it saves."""
+        budget = self.budget if self.decode_budget is None else self.decode_budget
+        if self.decode_min_length is not None:
+            return self.decode_min_length
+        return 8 * budget if isinstance(budget, int) and budget >= 1024 else 0
 
     def block(self, units: int) -> int:
         """Queries per block for a budget of `units`."""

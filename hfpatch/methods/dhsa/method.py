@@ -78,8 +78,10 @@ class Dhsa(Method[DhsaConfig]):
         self.sharing = LayerSharing(s.layer_sharing, layers, s.layer_sharing_span)
 
     def notes(self) -> list[str]:
-        """Chunk counts and mean chunk length of the last call that cut chunks, layer by layer."""
-        return [
+        """What decode steps do, and chunk counts and mean lengths of the last call that cut chunks, layer by layer."""
+        least = self.config.sparse_decode_from if "decode" in self.acts_in else 0
+        told = [f"dhsa: decode steps with fewer than {least} keys run dense (decode_min_length)"] if least else []
+        return told + [
             f"dhsa: layer {layer}: {int(chunks)} chunks, {tokens / int(chunks):.1f} tokens on average"
             for layer, (chunks, tokens) in sorted(self._chunks.items())
         ]
@@ -98,8 +100,10 @@ class Dhsa(Method[DhsaConfig]):
 
     def _select(self, call: AttentionCall) -> Selection | None:
         c = self.config
-        units = c.units(call.Lk, call.phase == "decode")
-        if call.Lk <= units * c.align or (c.phase == "prefill" and call.phase == "decode"):
+        decode = call.phase == "decode"
+        units = c.units(call.Lk, decode)
+        dense = decode and (c.phase == "prefill" or call.Lk < c.sparse_decode_from)
+        if dense or call.Lk <= units * c.align:
             return None
         return self.sharing.once("selection", call, (call.Lq, call.Lk), self._choose, call, units)
 
