@@ -18,7 +18,7 @@ SMALL = {"budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "questio
 
 def method() -> Dhsa:
     cls = get_method("dhsa")
-    return cls(cls.config_class(**SMALL))
+    return cls(cls.config_class(**SMALL, score="mass"))
 
 
 def call(k: Tensor, lq: int, states: dict) -> AttentionCall:
@@ -73,7 +73,7 @@ def test_moments_are_means_and_variances_per_plane(rotary: Rotary) -> None:
 
 def test_a_prompt_leaves_only_boundaries_until_decode() -> None:
     """While the other layers prefill, a layer's moments would only take memory."""
-    m, states, k = method(score="mass"), {}, torch.randn(3, 2, 130, 16)
+    m, states, k = method(), {}, torch.randn(3, 2, 130, 16)
     m.select(call(k[:, :, :111], 111, states))
     table = call(k, 1, states).state[KEY]
     assert table.moments.shape[2] == 1 and table.measured == 0 and table.closed == 111
