@@ -243,8 +243,8 @@ def _answers(row: Row) -> list[Answer]:
 def _notes(rows: Sequence[Row], decode_only: Collection[str]) -> list[str]:
     """What the columns mean, and who had nothing to miss."""
     told = [
-        "Means over the layers a patch acts in; a layer or call it leaves dense keeps 1. In brackets: 95 % intervals, as "
-        "if the queries looked at were drawn from many of the kind. Beside the prompt: keys attended.",
+        "Means over the layers a patch acts in; a layer or call it leaves dense keeps 1. In brackets: 95 % intervals, "
+        "as if the queries looked at were drawn from many of the kind. Beside the prompt: keys attended.",
         "Worst layer: the one that keeps least; beside it the one with the largest error.",
         "Oracle: mass kept, and what the best choice of as many keys keeps more in the tiles looked at; beside it, "
         "what patch and best choice keep in those. What the oracle loses, the structure loses.",
