@@ -116,6 +116,7 @@ class PerplexityJob(Job):
         spans = sorted({(r["start"], r["stop"]) for r in last})
         spans = spans[:: -(-len(spans) // SPANS)]
         whole = {(n, at): _whole(rows, n, at) for n, at in dict.fromkeys((r["variant"], r["length"]) for r in rows)}
+        waiting = [n for n in names_of(rows) if n in decode_only]  # nothing is said of them by this
         body: list[list[str | TableCell]] = []
         lines = []
         for name in names_of(rows):
@@ -139,8 +140,9 @@ class PerplexityJob(Job):
             [
                 "NLL: mean negative log-likelihood over all positions in nats per token; beside it the difference to "
                 "dense over the same samples, with its 95 % interval (Student's t) where there are several.",
+                *(f"{n} acts in decode steps alone, and this text was read at once." for n in waiting),
             ],
-            [Answer(ASPECT, n, w.nll, at, w.clear, w.small) for (n, at), w in whole.items()],
+            [Answer(ASPECT, n, w.nll, at, w.clear, w.small) for (n, at), w in whole.items() if n not in waiting],
         )  # fmt: skip
 
 

@@ -45,6 +45,9 @@ def test_the_first_table_has_the_nll_of_all_tokens_of_the_longest_prompts_and_it
     assert cells[STREAMING].small == f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]" and middle > 0.01
     assert [r[-1].text for r in view.table.cells] == [c.text for c in cells.values()]
     assert len(view.table.header) == 6
+    told_of = PerplexityJob.view(entry(job, rows), {"quest"})
+    assert {a.variant for a in told_of.answers} == {"dense", STREAMING}
+    assert told_of.notes[1:] == ["quest acts in decode steps alone, and this text was read at once."]
 
 
 def data(nll: float, samples: list[float] | None) -> dict[str, Any]:
