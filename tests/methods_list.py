@@ -46,7 +46,7 @@ METHODS = [
     ),
     MethodCase("streaming", {"sink": 2, "window": 8}, {"window": 1 << 20}),
     MethodCase(
-        "streaming", {"sink": 2, "window": 8, "last_queries": 5}, {"window": 1 << 20}, "tile", label="tri-shape"
+        "streaming", {"sink": 2, "window": 8, "question_tokens": 5}, {"window": 1 << 20}, "tile", label="tri-shape"
     ),
     MethodCase(
         "block_topk",
