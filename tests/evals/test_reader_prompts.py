@@ -5,7 +5,7 @@ import re
 import pytest
 from hfpatch.evals.errors import EvaluationError
 from hfpatch.evals.jobs.reader import ReaderJob
-from hfpatch.evals.run.cells import Cell, Session
+from hfpatch.evals.run.cells import Session
 from hfpatch.evals.run.models import Loaded
 from hfpatch.evals.run.variants import parse_variants
 from hfpatch.evals.tasks.cutting import within
