@@ -25,7 +25,7 @@ from hfpatch.cli import console
 
 SPARSE = ["--sparse-settings", '{"sink": 1, "window": 16}']
 FLUX = ["flux", "--batch", "2", "--examples", "6", "--checks", "2", "--length", "120", *SPARSE]
-DHSA = ["dhsa", "--texts", "6", "--length", "300", "--epochs", "2", "--text", "grammar", "--width", "8", "--force"]
+DHSA = ["dhsa", "--texts", "6", "--length", "220", "--epochs", "2", "--text", "grammar", "--width", "8", "--force"]
 CASES = {  # its words, how many steps they take, a change that makes another run of it, a change of its texts
     "act": (["act", "--examples", "8", "--shots", "1"], 8, ["--beta", "0.1"], ["--renamed"]),
     "dhsa by mass": ([*DHSA, "--labels", "mass"], 10, ["--rate", "0.1"], ["--text", "prose"]),
@@ -215,7 +215,7 @@ def test_ctrl_c_before_the_work_begins(
     assert code == 130 and "nothing was kept" in told and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 def test_signals_keep_what_was_done(number: int, models: tuple[str, str], tmp_path: Path) -> None:
     start = "import hfpatch.calibrate.unfinished as u; u.SECONDS = 0; from hfpatch.cli import main; main()"

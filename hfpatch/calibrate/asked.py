@@ -49,6 +49,8 @@ class Asked:
         count, labels = len(self.questions), len(self.questions.names)
         sizes = {"token": (count,), "labels": (count, labels), "entropy": (count,)}
         with self.kept.fitting():
+            if len(part[0]["settings"]) != self.kept.done:
+                raise ValueError("other settings")
             for n, (gamma, heads) in enumerate(part[0]["settings"]):
                 own = {name: part[1][f"{n}.{name}"].reshape(size) for name, size in sizes.items()}
                 self.done[float(gamma), tuple(map(int, heads))] = Answers(**own)

@@ -35,7 +35,7 @@ def calibration_folder(out: Path, files: Sequence[str]) -> Iterator[None]:
         if FIRST:
             there = f"{out} still holds what an earlier start has kept; the same command goes on from there."
             nothing = there if (out / STATE_FILE).is_file() else "the work had not begun, so nothing was kept."
-            told = end.__dict__.get("__notes__", [nothing])[0]
+            told = end.__dict__.get("__notes__", [nothing])[-1]
             errors.print(f"hfpatch: interrupted; {told}", soft_wrap=True)
         raise
 
@@ -102,7 +102,7 @@ class Unfinished:
         try:
             yield
         except BaseException as end:
-            end.__dict__["__notes__"] = [self._kept()]  # what add_note does, from Python 3.11 on
+            end.__dict__.setdefault("__notes__", []).append(self._kept())  # add_note, which Python 3.10 has not
             raise
 
     @contextmanager
@@ -162,7 +162,7 @@ def model_mark(model: nn.Module) -> str:
             digest.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
             if not t.is_meta and t.numel():
                 flat = t.detach().reshape(-1)
-                digest.update(_bytes(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].double()))
+                digest.update(_bytes(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].cpu().double()))
     return digest.hexdigest()
 
 
