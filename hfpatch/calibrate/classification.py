@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..files.json_text import json_lines
 from ..text.prompt_ids import prompt_ids
+from .unfinished import data_mark
 
 RENAMED = {"animal": "river", "plant": "lemon", "tool": "tiger", "place": "hammer"}
 _LABEL = re.compile(r"Topic: (\w+)\.")
@@ -157,6 +158,10 @@ class Questions:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def mark(self) -> str:
+        """A digest of all examples and their tokens."""
+        return data_mark([t for pair in self.batches for t in pair], [astuple(e) for e in self.examples])
 
     def check(self, model: Any) -> None:
         """Raise ConfigError at a prompt for which the model has no positions, or that has no token."""

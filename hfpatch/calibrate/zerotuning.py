@@ -12,21 +12,21 @@ import transformers
 import typer
 from torch import Tensor, nn
 
-from ..api import patched
 from ..cli.options import Device, Dtype, Model, number
 from ..config.patch_config import PatchConfig
 from ..errors import ConfigError
-from ..files.output import own_folder, write_json
+from ..files.output import write_json
 from ..methods.zerotuning import ZeroTuningConfig
 from ..runtime.model_facts import query_heads
 from ..version import __version__
+from .asked import Asked
 from .classification import Answers, Example, Questions, Source, measures, supervised
 from .intervals import paired, wilson
-from .options import Answer, Batch, Count, Data, Names, Prompt, Renamed, Shots, Split
+from .options import Answer, Batch, Count, Data, Fresh, Names, Prompt, Renamed, Shots, Split
+from .unfinished import calibration_folder, finish
 
 SWEEP_FILE = "calibration.json"
 OBJECTIVES = ("accuracy", "entropy")
-Setting = tuple[float, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -91,33 +91,7 @@ class Calibration:
         write_json(out / SWEEP_FILE, {"versions": versions, **asdict(self)})
         for objective in dict.fromkeys(o.objective for o in self.outcomes):
             self.config(objective).save_pretrained(out / objective)
-
-
-class _Runs:
-    """The model's answers to all questions under each setting, asked once."""
-
-    def __init__(self, model: nn.Module, questions: Questions, search: Search, advance: Callable[[], None]) -> None:
-        self.model, self.questions, self.search, self.advance = model, questions, search, advance
-        self.done: dict[Setting, Answers] = {}
-        self.steps = 0
-
-    def step(self, upto: int | None = None) -> None:
-        """Advance by one, or to so many."""
-        for _ in range(1 if upto is None else upto - self.steps):
-            self.steps += 1
-            self.advance()
-
-    def __call__(self, gamma: float = 1.0, heads: Sequence[int] = ()) -> Answers:
-        key: Setting = (1.0, ()) if gamma == 1 or not heads else (gamma, tuple(sorted(heads)))
-        if key not in self.done:
-            if key[1]:
-                config = ZeroTuningConfig(gamma=gamma, heads=list(key[1]), layers=self.search.layers)
-                with patched(self.model, config):
-                    self.done[key] = self.questions.ask(self.model)
-            else:
-                self.done[key] = self.questions.ask(self.model)
-            self.step()
-        return self.done[key]
+        finish(out)
 
 
 def most_settings(search: Search, heads: int, searches: int) -> int:
@@ -133,6 +107,8 @@ def calibrate_zerotuning(
     search: Search | None = None,
     *,
     batch: int = 32,
+    out: str | Path | None = None,
+    resume: bool = True,
     advance: Callable[[], None] | None = None,
 ) -> Calibration:
     """Profile every query head, keep the best of the dominant kind, and search one factor for them.
@@ -140,7 +116,8 @@ def calibrate_zerotuning(
     ZeroTuning, arXiv 2505.11739. Supervised by accuracy where the examples carry answers, and unsupervised by mean
     next-token entropy. Each seed splits the examples into a part to search on and a held-out part to report on; the
     paper has one seed, and its unsupervised mode looks at the test inputs. Ties in accuracy, which the paper leaves
-    open, go by the right label's log-probability. Raises ConfigError.
+    open, go by the right label's log-probability. In the folder `out` an interrupted search leaves the answers it has
+    until `save`, and goes on from there when `resume`. Raises ConfigError.
     """
     s = search or Search()
     questions = Questions(tokenizer, examples, batch)
@@ -150,20 +127,30 @@ def calibrate_zerotuning(
         raise ConfigError("The model's config does not tell its number of query heads.")
     if len(questions) < 8:
         raise ConfigError(f"{len(questions)} examples are too few to search and to test on; give at least 8.")
-    runs = _Runs(model, questions, s, advance or (lambda: None))
-    outcomes = []
-    for objective in OBJECTIVES if questions.supervised else OBJECTIVES[1:]:
-        for seed in s.seeds:
-            rows = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
-            kept = max(4, round(len(questions) * s.held_out))
-            outcome = _search(runs, objective, seed, rows[kept:], heads)
-            outcome.held_out = _report(runs, outcome, rows[:kept], rows[kept:], heads)
-            outcomes.append(outcome)
-            runs.step(upto=most_settings(s, heads, len(outcomes)))
+    objectives = OBJECTIVES if questions.supervised else OBJECTIVES[1:]
+    run, most = {"search": asdict(s), "batch": batch}, most_settings(s, heads, len(objectives) * len(s.seeds))
+    runs = Asked(model, questions, s.layers, run, most, out, advance)
+    if resume:
+        runs.resume()
+    with runs.kept.keeping(runs.part):
+        outcomes = _outcomes(runs, s, objectives, heads)
     everything = torch.arange(len(questions))
     sweep = [{"gamma": g, "heads": list(h), **measures(questions, a, everything)} for (g, h), a in runs.done.items()]
     name = getattr(getattr(model, "config", None), "name_or_path", None) or None
     return Calibration(s, len(questions), outcomes, sweep, name)
+
+
+def _outcomes(runs: Asked, s: Search, objectives: Sequence[str], heads: int) -> list[Outcome]:
+    outcomes, count = [], len(runs.questions)
+    for objective in objectives:
+        for seed in s.seeds:
+            rows = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            kept = max(4, round(count * s.held_out))
+            outcome = _search(runs, s, objective, seed, rows[kept:], heads)
+            outcome.held_out = _report(runs, s, outcome, rows[:kept], rows[kept:], heads)
+            outcomes.append(outcome)
+            runs.step(upto=most_settings(s, heads, len(outcomes)))
+    return outcomes
 
 
 def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[float, ...]:
@@ -171,8 +158,8 @@ def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[floa
     return (found["accuracy"], found["log_likelihood"]) if objective == "accuracy" else (-found["entropy"],)
 
 
-def _search(runs: _Runs, objective: str, seed: int, rows: Tensor, heads: int) -> Outcome:
-    s, q = runs.search, runs.questions
+def _search(runs: Asked, s: Search, objective: str, seed: int, rows: Tensor, heads: int) -> Outcome:
+    q = runs.questions
 
     def score(gamma: float = 1.0, some: Sequence[int] = ()) -> tuple[float, ...]:
         return _score(q, runs(gamma, some), rows, objective)
@@ -198,7 +185,7 @@ def _search(runs: _Runs, objective: str, seed: int, rows: Tensor, heads: int) ->
     return Outcome(objective, seed, kind, chosen if best != 1 else [], best, profile, tried)
 
 
-def _report(runs: _Runs, o: Outcome, rows: Tensor, searched: Tensor, heads: int) -> dict[str, Any]:
+def _report(runs: Asked, s: Search, o: Outcome, rows: Tensor, searched: Tensor, heads: int) -> dict[str, Any]:
     """Held-out measures before and after, the paired differences, and the controls."""
     q, before, after = runs.questions, runs(), runs(o.gamma, o.heads)
     out: dict[str, Any] = {"n": len(rows), "before": measures(q, before, rows), "after": measures(q, after, rows)}
@@ -214,8 +201,8 @@ def _report(runs: _Runs, o: Outcome, rows: Tensor, searched: Tensor, heads: int)
     out["accuracy_change"] = paired(q.right_now(after)[rows], q.right_now(before)[rows])
     if o.heads:
         rng = random.Random(o.seed)
-        tries = [sorted(rng.sample(range(heads), len(o.heads))) for _ in range(10 * runs.search.random_draws)]
-        drawn = list({tuple(t): t for t in tries if t != o.heads}.values())[: runs.search.random_draws]
+        tries = [sorted(rng.sample(range(heads), len(o.heads))) for _ in range(10 * s.random_draws)]
+        drawn = list({tuple(t): t for t in tries if t != o.heads}.values())[: s.random_draws]
         out["random_heads"] = [{"heads": d, **measures(q, runs(o.gamma, d), rows)} for d in drawn]
     return out
 
@@ -259,6 +246,7 @@ def zerotuning(
     batch: Batch = 32,
     dtype: Dtype = "auto",
     device: Device = None,
+    fresh: Fresh = False,
 ) -> None:
     """Find heads and factor of `zerotuning`, by accuracy and by entropy; prints held-out results and controls."""
     from hfpatch.evals.run.models import load_model
@@ -267,12 +255,14 @@ def zerotuning(
 
     quieten()
     search = Search(seeds=tuple(range(seeds)), layers=layers)
-    with own_folder(out, (SWEEP_FILE,)):
+    with calibration_folder(out, (SWEEP_FILE,)):
         loaded = load_model(model, dtype, device)
         found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
         searches = len(OBJECTIVES if supervised(found) else OBJECTIVES[1:]) * len(search.seeds)
         with progress("settings", most_settings(search, query_heads(loaded.model) or 0, searches)) as advance:
-            result = calibrate_zerotuning(loaded.model, loaded.tokenizer, found, search, batch=batch, advance=advance)
+            result = calibrate_zerotuning(
+                loaded.model, loaded.tokenizer, found, search, batch=batch, out=out, resume=not fresh, advance=advance
+            )
         result.save(out)
     for line in summary(result):
         console.print(line)
