@@ -219,8 +219,24 @@ def test_rankings_equal_direct_sums() -> None:
             hidden[n].append(float(matrix_entropy(normed)))
     assert torch.allclose(scores, torch.tensor([sum(v) / 2 for v in hidden.values()]), rtol=1e-4)
     wide = FluxConfig(router="learned", sparse_settings={"window": 1 << 20})
-    assert torch.allclose(rank_layers(model, texts, wide), torch.zeros(3), atol=1e-5)
-    assert (rank_layers(model, texts, CONFIG) > 0.01).all()
+    for by in ("error", "audit"):
+        assert torch.allclose(rank_layers(model, texts, wide, by=by), torch.zeros(3), atol=1e-5)
+        assert (rank_layers(model, texts, CONFIG, by=by) > 0.01).all()
+
+
+def test_the_ranking_by_audit_is_the_mass_outside_the_branch() -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    texts = [e.ids[:16] for e in examples(2)]  # as many tokens as an audit looks at: none is left to chance
+    scores = rank_layers(model, texts, CONFIG, by="audit")
+    model.set_attn_implementation("eager")
+    far = torch.ones(16, 16).tril(-4)  # window 4
+    far[:, 0] = 0  # sink 1
+    lost = torch.zeros(3)
+    for ids in texts:
+        with torch.no_grad():
+            weights = model(ids[None], output_attentions=True).attentions
+        lost += torch.stack([(w[0] * far).sum(-1).mean() for w in weights]) / 2
+    assert torch.allclose(scores, lost, atol=1e-5) and (lost > 0.01).all()
 
 
 def test_matrix_entropy_of_known_spectra() -> None:
@@ -230,7 +246,7 @@ def test_matrix_entropy_of_known_spectra() -> None:
     assert float(matrix_entropy(line)) == pytest.approx(0.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("router", ["learned", "error"])
+@pytest.mark.parametrize("router", ["learned", "error", "audit"])
 def test_the_command_writes_what_patches_the_model(
     router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

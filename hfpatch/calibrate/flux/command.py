@@ -20,7 +20,7 @@ from .examples import Example, built_in_examples, read_examples
 from .ranking import rank_layers
 from .training import Recipe, Trainer
 
-ROUTERS = ("learned", "error", "entropy")
+ROUTERS = ("learned", "audit", "error", "entropy")
 Tell = Callable[[str], None]
 
 
@@ -33,7 +33,9 @@ def flux(
     published: Annotated[
         Path | None, typer.Option(help="Take the routers of a downloaded checkpoint of the paper's code instead.")
     ] = None,
-    router: Annotated[str, typer.Option(help="learned, error or entropy (the last two rank layers).")] = "learned",
+    router: Annotated[
+        str, typer.Option(help="learned, or a ranking of the layers: by audit, error or entropy.")
+    ] = "learned",
     target_sparsity: Annotated[float, number("Share of layers to route sparse on retrieval.", 0, 1)] = 0.45,
     holistic_sparsity: Annotated[float, number("Share of layers to route sparse otherwise.", 0, 1)] = 1.0,
     sparse: Annotated[str, typer.Option(help="Method of the sparse branch.")] = "streaming",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...api import patched_with
+from ...core.audit import Audit
 from ...core.call import AttentionCall
 from ...core.method import Method
 from ...methods.flux.method import Flux, FluxConfig
@@ -26,29 +27,37 @@ class _Probe(Method):
 
     def __init__(self, config: FluxConfig, by: str, layers: int) -> None:
         super().__init__(config)
-        self.child, self.by = Flux(config).child, by
+        self.child, self.by, self.audit = Flux(config).child, by, Audit(tiles=0)
         self.total, self.calls = torch.zeros(layers), torch.zeros(layers)
 
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
-        if self.by == "entropy":
-            if call.hidden is None:
-                return
-            score = torch.stack([matrix_entropy(row) for row in call.hidden]).mean()
+        if self.by != "entropy":
+            score = self._missed(call, out)
+        elif call.hidden is None:
+            return
         else:
-            selection = self.child.select(call)
-            sparse = attend(
-                call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap, sinks=call.sinks
-            ).out
-            score = (sparse.float() - out.float()).norm() / out.float().norm()
+            score = torch.stack([matrix_entropy(row) for row in call.hidden]).mean()
         self.total[call.layer] += score.cpu()
         self.calls[call.layer] += 1
+
+    def _missed(self, call: AttentionCall, out: Tensor) -> Tensor:
+        """What the sparse branch would miss here: attention mass, or output by its error."""
+        selection = self.child.select(call)
+        sparse = attend(
+            call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
+            bias=call.bias,
+        )  # fmt: skip
+        if self.by == "audit":
+            return 1 - self.audit.sample(call, selection, sparse.out, sparse.lse).mass.mean()
+        return (sparse.out.float() - out.float()).norm() / out.float().norm()
 
 
 @torch.no_grad()
 def rank_layers(model: Any, texts: Sequence[Tensor], config: FluxConfig, by: str = "error") -> Tensor:
-    """Scores `[layers]`, highest for layers to keep full: output error of the sparse branch, or matrix entropy.
+    """Scores `[layers]`, highest for layers to keep full, while the model runs densely on `texts` of ids `[L]`.
 
-    `texts` are token ids `[L]`. Entropy is the paper's appendix C; the output error is ours.
+    By "error": of the sparse branch's output. "audit": the attention mass that its keys miss, at a few queries.
+    "entropy": of the hidden states, the paper's appendix C; the other two are ours.
     """
     probe = _Probe(config, by, model.config.get_text_config().num_hidden_layers)
     with patched_with(model, [probe]):
