@@ -43,6 +43,8 @@ class _Probe(Method):
     def _missed(self, call: AttentionCall, out: Tensor) -> Tensor:
         """What the sparse branch would miss here: attention mass, or output by its error."""
         selection = self.child.select(call)
+        if selection is None:
+            return torch.zeros(())
         sparse = attend(
             call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
             bias=call.bias,
