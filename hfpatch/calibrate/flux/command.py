@@ -20,7 +20,7 @@ from .examples import Example, built_in_examples, read_examples
 from .ranking import rank_layers
 from .training import Recipe, Trainer
 
-ROUTERS = ("learned", "audit", "error", "entropy")
+ROUTERS = ("learned", "answer", "audit", "error", "entropy")
 Tell = Callable[[str], None]
 
 
@@ -34,7 +34,7 @@ def flux(
         Path | None, typer.Option(help="Take the routers of a downloaded checkpoint of the paper's code instead.")
     ] = None,
     router: Annotated[
-        str, typer.Option(help="learned, or a ranking of the layers: by audit, error or entropy.")
+        str, typer.Option(help="learned, or a ranking of the layers: by answer, audit, error or entropy.")
     ] = "learned",
     target_sparsity: Annotated[float, number("Share of layers to route sparse on retrieval.", 0, 1)] = 0.45,
     holistic_sparsity: Annotated[float, number("Share of layers to route sparse otherwise.", 0, 1)] = 1.0,
@@ -120,7 +120,7 @@ def _convert(folder: Path, config: FluxConfig, name: str, model: Any, out: Path,
 def _rank(
     model: Any, name: str, examples: Sequence[Example], config: FluxConfig, by: str, out: Path, tell: Tell
 ) -> None:
-    scores = rank_layers(model, [e.ids for e in examples], config, by=by)
+    scores = rank_layers(model, examples, config, by=by)
     PatchConfig([config], name, {"0.ranking": scores}).save_pretrained(out)
     tell(f"scores by layer: {[round(float(s), 4) for s in scores]}")
 
