@@ -119,7 +119,7 @@ class Curve:
         config = FluxConfig(sparse_settings=self.settings)
         kinds = RETRIEVAL + HOLISTIC
         texts = [
-            built_in_example(self.tokenizer, kinds[n % len(kinds)], 1024, random.Random(f"rank-{n}")).ids
+            built_in_example(self.tokenizer, kinds[n % len(kinds)], 1024, random.Random(f"rank-{n}"))
             for n in range(28)
         ]
         for by in ("error", "entropy"):

@@ -208,19 +208,53 @@ def test_kinds_without_a_target_are_refused(tmp_path: Path) -> None:
 
 def test_rankings_equal_direct_sums() -> None:
     model = zoo.SUPPORTED["llama"].build()
-    texts = [e.ids for e in examples(2)]
+    texts = examples(2)
     scores = rank_layers(model, texts, CONFIG, by="entropy")
     hidden: dict[int, list[float]] = {n: [] for n in range(3)}
-    for ids in texts:
+    for e in texts:
         with torch.no_grad():
-            out = model(ids[None], output_hidden_states=True)
+            out = model(e.ids[None], output_hidden_states=True)
         for n, layer in enumerate(model.model.layers):
             normed = layer.input_layernorm(out.hidden_states[n])[0].detach()
             hidden[n].append(float(matrix_entropy(normed)))
     assert torch.allclose(scores, torch.tensor([sum(v) / 2 for v in hidden.values()]), rtol=1e-4)
     wide = FluxConfig(router="learned", sparse_settings={"window": 1 << 20})
-    assert torch.allclose(rank_layers(model, texts, wide), torch.zeros(3), atol=1e-5)
-    assert (rank_layers(model, texts, CONFIG) > 0.01).all()
+    for by in ("error", "audit"):
+        assert torch.allclose(rank_layers(model, texts, wide, by=by), torch.zeros(3), atol=1e-5)
+        assert (rank_layers(model, texts, CONFIG, by=by) > 0.01).all()
+
+
+def test_the_ranking_by_audit_is_the_mass_outside_the_branch() -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    texts = [
+        Example(e.ids[:16], 9, e.kind) for e in examples(2)
+    ]  # as many tokens as an audit looks at: none is left to chance
+    scores = rank_layers(model, texts, CONFIG, by="audit")
+    model.set_attn_implementation("eager")
+    far = torch.ones(16, 16).tril(-4)  # window 4
+    far[:, 0] = 0  # sink 1
+    lost = torch.zeros(3)
+    for e in texts:
+        with torch.no_grad():
+            weights = model(e.ids[None], output_attentions=True).attentions
+        lost += torch.stack([(w[0] * far).sum(-1).mean() for w in weights]) / 2
+    assert torch.allclose(scores, lost, atol=1e-5) and (lost > 0.01).all()
+
+
+def test_the_ranking_by_answer_reads_the_answer_s_queries_alone() -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    (example,) = examples(1, "retrieval")
+    every = Example(example.ids, 1, "retrieval")  # all but the last query, and the first four miss nothing
+    inside = Example(example.ids[:8], 4, "retrieval")  # these see all that is before them
+    window = FluxConfig(router="learned", sparse_settings={"sink": 1, "window": 8})
+    scores = {e.predict_from: rank_layers(model, [e], CONFIG, by="answer") for e in (every, example)}
+    assert (scores[example.predict_from] > scores[1]).all()
+    assert torch.allclose(rank_layers(model, [inside], window, by="answer"), torch.zeros(3), atol=1e-5)
+    holistic = Example(example.ids, 20, "holistic")
+    mixed = rank_layers(model, [example, holistic], CONFIG, by="answer")
+    assert torch.equal(mixed, scores[example.predict_from])
+    with pytest.raises(ConfigError, match="retrieval"):
+        rank_layers(model, [holistic], CONFIG, by="answer")
 
 
 def test_matrix_entropy_of_known_spectra() -> None:
@@ -230,7 +264,7 @@ def test_matrix_entropy_of_known_spectra() -> None:
     assert float(matrix_entropy(line)) == pytest.approx(0.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("router", ["learned", "error"])
+@pytest.mark.parametrize("router", ["learned", "error", "audit", "answer"])
 def test_the_command_writes_what_patches_the_model(
     router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,11 +17,11 @@ from ...methods.flux.published import projection_difference, read_published
 from ..options import Fresh
 from ..unfinished import calibration_folder, finish
 from .examples import built_in_examples, read_examples
-from .ranking import rank_layers
+from .ranking import rank_layers, telling
 from .training import Recipe, Trainer
 
-RANKED = 32  # texts
-ROUTERS = ("learned", "error", "entropy")
+RANKED = 32  # examples
+ROUTERS = ("learned", "answer", "audit", "error", "entropy")
 Tell = Callable[[str], None]
 
 
@@ -34,7 +34,9 @@ def flux(
     published: Annotated[
         Path | None, typer.Option(help="Take the routers of a downloaded checkpoint of the paper's code instead.")
     ] = None,
-    router: Annotated[str, typer.Option(help="learned, error or entropy (the last two rank layers).")] = "learned",
+    router: Annotated[
+        str, typer.Option(help="learned, or a ranking of the layers: by answer, audit, error or entropy.")
+    ] = "learned",
     target_sparsity: Annotated[float, number("Share of layers to route sparse on retrieval.", 0, 1)] = 0.45,
     holistic_sparsity: Annotated[float, number("Share of layers to route sparse otherwise.", 0, 1)] = 1.0,
     sparse: Annotated[str, typer.Option(help="Method of the sparse branch.")] = "streaming",
@@ -90,10 +92,10 @@ def flux(
             _tell_checks(trainer.checks, targets, console.print)
         else:
             ranked = FluxConfig(router="entropy", sparsity=target_sparsity, **branch)
-            texts = [e.ids for e in drawn[:RANKED]]
-            with progress("texts", len(texts)) as advance:
+            chosen = telling(drawn, router)[:RANKED]
+            with progress("texts", len(chosen)) as advance:
                 scores = rank_layers(
-                    loaded.model, texts, ranked, router, out=out, resume=not fresh, advance=advance
+                    loaded.model, chosen, ranked, router, out=out, resume=not fresh, advance=advance
                 )  # fmt: skip
             PatchConfig([ranked], model, {"0.ranking": scores}).save_pretrained(out)
             console.print(f"scores by layer: {[round(float(s), 4) for s in scores]}")

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from ...api import patched_with
+from ...core.audit import Audit
 from ...core.call import AttentionCall
 from ...core.method import Method
+from ...errors import ConfigError
 from ...methods.flux.method import Flux, FluxConfig
 from ...ops import attend
 from ..unfinished import Unfinished, data_mark, model_mark
+from .examples import Example
 
 
 def matrix_entropy(hidden: Tensor, top: int = 64) -> Tensor:
@@ -28,27 +31,49 @@ class _Probe(Method):
 
     def __init__(self, config: FluxConfig, by: str, layers: int) -> None:
         super().__init__(config)
-        self.child, self.by = Flux(config).child, by
+        self.child, self.by, self.audit = Flux(config).child, by, Audit(tiles=0)
         self.seen = torch.zeros(2, layers)  # sums of scores, and how many
+        self.answer = 0  # its first token
 
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
-        if self.by == "entropy":
-            if call.hidden is None:
-                return
-            score = torch.stack([matrix_entropy(row) for row in call.hidden]).mean()
+        if self.by != "entropy":
+            score = self._missed(call, out)
+        elif call.hidden is None:
+            return
         else:
-            selection = self.child.select(call)
-            sparse = attend(
-                call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap, sinks=call.sinks
-            ).out
-            score = (sparse.float() - out.float()).norm() / out.float().norm()
+            score = torch.stack([matrix_entropy(row) for row in call.hidden]).mean()
         self.seen[:, call.layer] += torch.stack([score.float().cpu(), torch.ones(())])
+
+    def _missed(self, call: AttentionCall, out: Tensor) -> Tensor:
+        """What the sparse branch would miss here: attention mass, or output by its error, whole or for the answer."""
+        selection = self.child.select(call)
+        if selection is None:
+            return torch.zeros(())
+        sparse = attend(
+            call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
+            bias=call.bias,
+        )  # fmt: skip
+        if self.by == "audit":
+            return 1 - self.audit.sample(call, selection, sparse.out, sparse.lse).mass.mean()
+        got, want = sparse.out.float(), out.float()
+        if self.by == "answer":
+            rows = slice(self.answer - 1, call.Lq - 1)  # [B, R, Hq, Dv]: what the answer's tokens are told from
+            return ((got - want)[:, rows].norm(dim=-1) / want[:, rows].norm(dim=-1)).mean()
+        return (got - want).norm() / want.norm()
+
+
+def telling(examples: Sequence[Example], by: str) -> Sequence[Example]:
+    """The examples that such a ranking looks at. Raises ConfigError when there is none."""
+    chosen = [e for e in examples if e.kind == "retrieval"] if by == "answer" else examples
+    if not chosen:
+        raise ConfigError("--router answer needs examples of the kind 'retrieval'; the data has none.")
+    return chosen
 
 
 @torch.no_grad()
 def rank_layers(
     model: Any,
-    texts: Sequence[Tensor],
+    examples: Sequence[Example],
     config: FluxConfig,
     by: str = "error",
     *,
@@ -56,15 +81,18 @@ def rank_layers(
     resume: bool = True,
     advance: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Scores `[layers]`, highest for layers to keep full: output error of the sparse branch, or matrix entropy.
+    """Scores `[layers]`, highest for layers to keep full, while the model runs densely on the examples.
 
-    `texts` are token ids `[L]`. Entropy is the paper's appendix C; the output error is ours. In the folder `out` an
-    interrupted ranking leaves its sums, and goes on from there when `resume`. Raises ConfigError.
+    By "error": of the sparse branch's output. "answer": that at the queries from which the answers of retrieval
+    examples are told, head by head. "audit": the attention mass that its keys miss, at a few queries. "entropy": of
+    the hidden states, the paper's appendix C; the others are ours. In the folder `out` an interrupted ranking leaves
+    its sums, and goes on from there when `resume`. Raises ConfigError.
     """
+    chosen = telling(examples, by)
     probe = _Probe(config, by, model.config.get_text_config().num_hidden_layers)
     run = {"calibration": "flux", "ranking": by, "sparse": config.to_dict()}
-    marks = {"model": model_mark(model), "examples": data_mark(texts)}
-    kept = Unfinished(out, {**run, **marks}, "texts", len(texts))
+    marks = {"model": model_mark(model), "examples": data_mark([e.ids for e in chosen])}
+    kept = Unfinished(out, {**run, **marks}, "texts", len(chosen))
     sums = torch.zeros_like(probe.seen)
     if resume and (found := kept.load()):
         with kept.fitting():
@@ -72,9 +100,10 @@ def rank_layers(
     for _ in range(kept.done):
         advance()
     with patched_with(model, [probe]), kept.keeping(lambda: ({}, {"sums": sums})):
-        for ids in texts[kept.done :]:
+        for example in chosen[kept.done :]:
             probe.seen.zero_()
-            model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+            probe.answer = example.predict_from
+            model(input_ids=example.ids[None].to(model.device), use_cache=False, logits_to_keep=1)
             with kept.step():
                 sums += probe.seen
             advance()
