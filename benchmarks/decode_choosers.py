@@ -48,7 +48,7 @@ def split(x: Tensor, size: int) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, exact: Tensor, rest: Tensor) -> dict[str, tuple[Tensor, int]]:
-    """Scores `[H, R, pages]` per chooser with its page: `q [H, G, R, D]` scaled, `k [H, n, D]`, `rest` a log-sum-exp."""
+    """Scores `[H, R, pages]` and page size by chooser: scaled `q [H, G, R, D]`, `k [H, n, D]`."""
 
     def mass(page: Tensor) -> Tensor:  # log masses per head to the group's
         return (page - torch.cat([page, rest], -1).logsumexp(-1, keepdim=True)).exp().sum(1)
