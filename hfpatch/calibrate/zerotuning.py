@@ -1,7 +1,6 @@
 """Searches the heads and the factor of `zerotuning` for a model and a classification task."""
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,8 +20,8 @@ from ..methods.zerotuning import ZeroTuningConfig
 from ..runtime.model_facts import query_heads
 from ..version import __version__
 from .classification import Answers, Example, Questions, Source, measures, supervised
-from .intervals import paired, wilson
 from .options import Answer, Batch, Count, Data, Names, Prompt, Renamed, Shots, Split
+from .zerotuning_report import held_out, on_fresh, summary
 
 SWEEP_FILE = "calibration.json"
 OBJECTIVES = ("accuracy", "entropy")
@@ -72,6 +71,7 @@ class Calibration:
     outcomes: list[Outcome]
     sweep: list[dict[str, Any]]
     model: str | None
+    fresh: list[dict[str, Any]] = field(default_factory=list)
 
     def chosen(self, objective: str) -> Outcome:
         """The outcome of the first seed."""
@@ -93,7 +93,7 @@ class Calibration:
             self.config(objective).save_pretrained(out / objective)
 
 
-class _Runs:
+class Runs:
     """The model's answers to all questions under each setting, asked once."""
 
     def __init__(self, model: nn.Module, questions: Questions, search: Search, advance: Callable[[], None]) -> None:
@@ -120,10 +120,11 @@ class _Runs:
         return self.done[key]
 
 
-def most_settings(search: Search, heads: int, searches: int) -> int:
+def most_settings(search: Search, heads: int, searches: int, fresh: bool = False) -> int:
     """Settings that so many searches, one per objective and seed, try at most: the steps of a calibration."""
     grid = max(sum(g > 1 for g in search.gammas), sum(g < 1 for g in search.gammas))
-    return 1 + 2 * heads + searches * (grid + search.random_draws)
+    steps = 1 + 2 * heads + searches * (grid + search.random_draws)
+    return steps + (len(search.gammas) + 2 * (2 + searches + search.random_draws) if fresh else 0)
 
 
 def calibrate_zerotuning(
@@ -132,6 +133,7 @@ def calibrate_zerotuning(
     examples: Sequence[Example],
     search: Search | None = None,
     *,
+    fresh: Sequence[Example] = (),
     batch: int = 32,
     advance: Callable[[], None] | None = None,
 ) -> Calibration:
@@ -140,30 +142,54 @@ def calibrate_zerotuning(
     ZeroTuning, arXiv 2505.11739. Supervised by accuracy where the examples carry answers, and unsupervised by mean
     next-token entropy. Each seed splits the examples into a part to search on and a held-out part to report on; the
     paper has one seed, and its unsupervised mode looks at the test inputs. Ties in accuracy, which the paper leaves
-    open, go by the right label's log-probability. Raises ConfigError.
+    open, go by the right label's log-probability. With `fresh` examples the search sees all others at once, and the
+    report is about the fresh ones. Raises ConfigError.
     """
     s = search or Search()
-    questions = Questions(tokenizer, examples, batch)
+    questions = Questions(tokenizer, examples, batch, share=True)
     questions.check(model)
     heads = query_heads(model)
     if heads is None:
         raise ConfigError("The model's config does not tell its number of query heads.")
     if len(questions) < 8:
         raise ConfigError(f"{len(questions)} examples are too few to search and to test on; give at least 8.")
-    runs = _Runs(model, questions, s, advance or (lambda: None))
+    runs = Runs(model, questions, s, advance or (lambda: None))
+    asked = [Runs(model, q, s, runs.step) for q in _fresh(model, tokenizer, questions, fresh, batch)]
     outcomes = []
     for objective in OBJECTIVES if questions.supervised else OBJECTIVES[1:]:
-        for seed in s.seeds:
+        for seed in s.seeds[: 1 if fresh else None]:
             rows = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
             kept = max(4, round(len(questions) * s.held_out))
-            outcome = _search(runs, objective, seed, rows[kept:], heads)
-            outcome.held_out = _report(runs, outcome, rows[:kept], rows[kept:], heads)
+            outcome = _search(runs, objective, seed, rows if fresh else rows[kept:], heads)
+            outcome.held_out = {} if fresh else held_out(runs, outcome, rows[:kept], rows[kept:], heads)
             outcomes.append(outcome)
             runs.step(upto=most_settings(s, heads, len(outcomes)))
+    told = on_fresh(runs, asked[0], asked[1] if len(asked) > 1 else None, outcomes, heads) if asked else []
+    if asked:
+        runs.step(upto=most_settings(s, heads, len(outcomes), fresh=True))
     everything = torch.arange(len(questions))
     sweep = [{"gamma": g, "heads": list(h), **measures(questions, a, everything)} for (g, h), a in runs.done.items()]
     name = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    return Calibration(s, len(questions), outcomes, sweep, name)
+    return Calibration(s, len(questions), outcomes, sweep, name, told)
+
+
+def _fresh(
+    model: nn.Module, tokenizer: Any, known: Questions, fresh: Sequence[Example], batch: int
+) -> list[Questions]:
+    """The fresh examples' questions and, if all have blanks, those. Raises ConfigError."""
+    if not fresh:
+        return []
+    questions = [Questions(tokenizer, fresh, batch, share=True)]
+    if all(e.blanks for e in fresh):
+        blanks = {b: Example(b, tuple(known.names)) for e in fresh for b in e.blanks}
+        questions.append(Questions(tokenizer, list(blanks.values()), batch, share=True))
+    if not known.supervised or not questions[0].supervised:
+        raise ConfigError("Every example needs an 'answer' that is one of its 'labels', where --fresh asks for more.")
+    if any(q.names != known.names for q in questions):
+        raise ConfigError("The fresh examples have other labels than those to search on; raise --examples.")
+    for q in questions:
+        q.check(model)
+    return questions
 
 
 def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[float, ...]:
@@ -171,7 +197,7 @@ def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[floa
     return (found["accuracy"], found["log_likelihood"]) if objective == "accuracy" else (-found["entropy"],)
 
 
-def _search(runs: _Runs, objective: str, seed: int, rows: Tensor, heads: int) -> Outcome:
+def _search(runs: Runs, objective: str, seed: int, rows: Tensor, heads: int) -> Outcome:
     s, q = runs.search, runs.questions
 
     def score(gamma: float = 1.0, some: Sequence[int] = ()) -> tuple[float, ...]:
@@ -198,51 +224,6 @@ def _search(runs: _Runs, objective: str, seed: int, rows: Tensor, heads: int) ->
     return Outcome(objective, seed, kind, chosen if best != 1 else [], best, profile, tried)
 
 
-def _report(runs: _Runs, o: Outcome, rows: Tensor, searched: Tensor, heads: int) -> dict[str, Any]:
-    """Held-out measures before and after, the paired differences, and the controls."""
-    q, before, after = runs.questions, runs(), runs(o.gamma, o.heads)
-    out: dict[str, Any] = {"n": len(rows), "before": measures(q, before, rows), "after": measures(q, after, rows)}
-    change = paired(after.entropy[rows], before.entropy[rows])
-    out["entropy_change"] = change
-    if not q.supervised:
-        return out
-    for name, a in (("before", before), ("after", after)):
-        out[name]["interval"] = wilson(q.right_now(a)[rows])
-        corrected = q.right_among_labels(a, q.prior(a, searched))[rows]
-        out[name]["prior_corrected"] = float(corrected.float().mean())
-        out[name]["prior_corrected_interval"] = wilson(corrected)
-    out["accuracy_change"] = paired(q.right_now(after)[rows], q.right_now(before)[rows])
-    if o.heads:
-        rng = random.Random(o.seed)
-        tries = [sorted(rng.sample(range(heads), len(o.heads))) for _ in range(10 * runs.search.random_draws)]
-        drawn = list({tuple(t): t for t in tries if t != o.heads}.values())[: runs.search.random_draws]
-        out["random_heads"] = [{"heads": d, **measures(q, runs(o.gamma, d), rows)} for d in drawn]
-    return out
-
-
-def summary(c: Calibration) -> list[str]:
-    """One line per objective and seed, for people."""
-    lines = []
-    for o in c.outcomes:
-        h = o.held_out
-        what = f"gamma {o.gamma:g} on heads {o.heads}" if o.heads else "no head helps: gamma 1"
-        if o.objective == "accuracy" and o.heads and o.rise == 0:
-            what += " (for the right label's probability; no setting has higher accuracy)"
-        line = f"{o.objective}, split {o.seed}: {what}; "
-        if "accuracy_change" in h:
-            b, a, (mean, low, high) = h["before"], h["after"], h["accuracy_change"]
-            line += (
-                f"held-out accuracy {b['accuracy']:.3f} -> {a['accuracy']:.3f} ({mean:+.3f}, 95 % {low:+.3f} to "
-                f"{high:+.3f}), invalid answers {b['invalid']:.3f} -> {a['invalid']:.3f}; prior-corrected control "
-                f"{b['prior_corrected']:.3f} -> {a['prior_corrected']:.3f}"
-            )
-        else:
-            mean, low, high = h["entropy_change"]
-            line += f"held-out entropy {h['before']['entropy']:.3f} ({mean:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
-        lines.append(line)
-    return lines
-
-
 def zerotuning(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the sweep and one loadable patch per objective.")],
@@ -252,6 +233,7 @@ def zerotuning(
     answer: Answer = "label",
     names: Names = "",
     examples: Count = 400,
+    fresh: Annotated[int, number("Further examples to report on; all others are searched.", 0)] = 0,
     shots: Shots = 6,
     renamed: Renamed = False,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to tune; all by default.")] = None,
@@ -269,10 +251,14 @@ def zerotuning(
     search = Search(seeds=tuple(range(seeds)), layers=layers)
     with own_folder(out, (SWEEP_FILE,)):
         loaded = load_model(model, dtype, device)
-        found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
-        searches = len(OBJECTIVES if supervised(found) else OBJECTIVES[1:]) * len(search.seeds)
-        with progress("settings", most_settings(search, query_heads(loaded.model) or 0, searches)) as advance:
-            result = calibrate_zerotuning(loaded.model, loaded.tokenizer, found, search, batch=batch, advance=advance)
+        every = Source(data, split, prompt, answer, names, shots, renamed).load(examples + fresh)
+        found, more = every[:examples], every[examples:]
+        searches = len(OBJECTIVES if supervised(found) else OBJECTIVES[1:]) * (1 if more else len(search.seeds))
+        steps = most_settings(search, query_heads(loaded.model) or 0, searches, bool(more))
+        with progress("settings", steps) as advance:
+            result = calibrate_zerotuning(
+                loaded.model, loaded.tokenizer, found, search, fresh=more, batch=batch, advance=advance
+            )
         result.save(out)
     for line in summary(result):
         console.print(line)
