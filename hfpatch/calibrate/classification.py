@@ -130,8 +130,9 @@ class Source:
     def _from_file(self, count: int, labels: Sequence[str]) -> list[Example]:
         """Prompts as they stand in JSON lines, or made from texts and labels."""
         path = Path(self.data)
-        rows = file_rows(path) if path.suffix in TABLES else [row for _, row in json_lines(path)]
-        if not rows or not all(isinstance(row, dict) and "prompt" not in row and self.answer in row for row in rows):
+        rows = file_rows(path)
+        told = rows and all(isinstance(row, dict) and "prompt" not in row and self.answer in row for row in rows)
+        if not told and path.suffix not in TABLES:
             return read_examples(path)[:count]
         template = "Text: {text}\nLabel:" if self.prompt == PLAIN else self.prompt
         made = fewshot_prompts(rows, template, self.answer, self.shots, count, names=labels)

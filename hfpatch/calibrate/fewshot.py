@@ -11,7 +11,7 @@ from ..files.json_text import json_lines
 from ..text.labelled import TASKS
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
-DRAWS = 4
+DRAWS = 2
 TABLES = (".csv", ".tsv")
 PLAIN = "{text}"
 Row = Mapping[str, Any]
@@ -45,6 +45,8 @@ def fewshot_prompts(
     labels by number. `blanks` are the same prompts about nothing (contextual calibration, arXiv 2102.09690). Raises
     ConfigError.
     """
+    if not rows:
+        raise ConfigError("The table has no rows; it needs a line of names and then a row per text.")
     told = [(_filled(template, row), _label(row, answer, names)) for row in rows]
     labels = sorted({label for _, label in told})
     rng = random.Random(f"fewshot-{seed}")

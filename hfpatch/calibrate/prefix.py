@@ -64,13 +64,14 @@ def last_logits(model: Any, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
             out = model(torch.cat([prefix.expand(len(ids), -1), ids], 1), use_cache=False, logits_to_keep=1)
         else:
             own = copy.deepcopy(cache)
-            own.batch_repeat_interleave(len(ids))
+            own.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=device))
             out = model(ids, past_key_values=own, use_cache=True, logits_to_keep=1)
         yield rows, out.logits[:, -1].float().cpu()
 
 
 def _prefilled(model: Any, prefix: Tensor) -> Any:
-    """The cache of `prefix [1, P]`, or None where the model has none that can be copied to many rows."""
+    """The cache of `prefix [1, P]`, or None where the model keeps anything else than keys and values, or nothing."""
     cache = getattr(model(prefix, use_cache=True, logits_to_keep=1), "past_key_values", None)
     layers = getattr(cache, "layers", None)
-    return cache if layers and all(hasattr(layer, "batch_repeat_interleave") for layer in layers) else None
+    plain = layers and all(hasattr(layer, "keys") and not hasattr(layer, "conv_states") for layer in layers)
+    return cache if plain else None

@@ -16,7 +16,7 @@ from ..cli.options import Device, Dtype, Model, number
 from ..config.patch_config import PatchConfig
 from ..errors import ConfigError
 from ..files.output import own_folder, write_json
-from ..methods.zerotuning import ZeroTuningConfig
+from ..methods.zerotuning import LEAST, MOST, ZeroTuningConfig
 from ..runtime.model_facts import query_heads
 from ..version import __version__
 from .classification import Answers, Example, Questions, Source, measures, supervised
@@ -224,6 +224,17 @@ def _search(runs: Runs, objective: str, seed: int, rows: Tensor, heads: int) -> 
     return Outcome(objective, seed, kind, chosen if best != 1 else [], best, profile, tried)
 
 
+def factors(text: str) -> tuple[float, ...]:
+    """Factors to try, 1 among them. Raises ConfigError."""
+    try:
+        found = sorted({1.0, *map(float, text.split(","))})
+    except ValueError as error:
+        raise ConfigError(f"--gammas {text!r:.100} is not numbers with commas between; write 0.5,2,4.") from error
+    if not all(LEAST <= g <= MOST for g in found):
+        raise ConfigError(f"--gammas {text!r:.100} must all be {LEAST} to {MOST:g}.")
+    return tuple(found)
+
+
 def zerotuning(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the sweep and one loadable patch per objective.")],
@@ -237,6 +248,7 @@ def zerotuning(
     shots: Shots = 6,
     renamed: Renamed = False,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to tune; all by default.")] = None,
+    gammas: Annotated[str | None, typer.Option(help="Factors to try, such as 0.5,2,4; twelve by default.")] = None,
     seeds: Annotated[int, number("Splits to repeat the search on.", 1, 1000)] = 3,
     batch: Batch = 32,
     dtype: Dtype = "auto",
@@ -248,7 +260,7 @@ def zerotuning(
     from ..cli.console import console, progress, quieten
 
     quieten()
-    search = Search(seeds=tuple(range(seeds)), layers=layers)
+    search = Search(seeds=tuple(range(seeds)), layers=layers, **({"gammas": factors(gammas)} if gammas else {}))
     with own_folder(out, (SWEEP_FILE,)):
         loaded = load_model(model, dtype, device)
         every = Source(data, split, prompt, answer, names, shots, renamed).load(examples + fresh)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .grammar import word_list
+from .grammar import Task, word_list
 
 THINGS = word_list(
     "meal hotel film concert train ride book lecture haircut garden tour soup museum visit phone repair holiday "
@@ -92,6 +92,17 @@ class LabelledTask:
         rows = list(found.items())
         rng.shuffle(rows)
         return rows
+
+    def fewshot(self, rng: random.Random, shots: int = 6) -> Task:
+        """Labelled texts at the start, as many of each label, and one unlabelled text at the end."""
+
+        def example(label: str) -> tuple[str, str]:
+            return f"Text: {self.draw(rng, label)} {self.cue}", f" {label}."
+
+        order = rng.sample(self.labels, len(self.labels))
+        facts = ["".join(example(order[n % len(order)])) for n in range(shots)]
+        rng.shuffle(facts)
+        return Task(facts, [example(rng.choice(order))], spread=False)
 
 
 def _sentiment(rng: random.Random, label: str) -> str:
