@@ -1,6 +1,7 @@
 """Prompts as tokens, in batches of one length; what many of them begin with is run once for all."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 SHORTEST = 16
+CACHE_WORDS = ("cache", "past_key_values")  # as the releases have it
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,8 @@ def last_logits(model: Any, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows `[n]` and the float32 logits `[n, V]` after their prompts, batch by batch."""
     device = next(model.parameters()).device
     prefix = group.prefix.to(device)[None]
-    cache = _prefilled(model, prefix) if prefix.shape[1] else None
+    word = next((w for w in CACHE_WORDS if w in inspect.signature(model.forward).parameters), "")
+    cache = _prefilled(model, prefix, word) if word and prefix.shape[1] else None
     for rows, ids in group.batches:
         ids = ids.to(device)
         if cache is None:
@@ -65,13 +68,13 @@ def last_logits(model: Any, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
         else:
             own = copy.deepcopy(cache)
             own.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=device))
-            out = model(ids, past_key_values=own, use_cache=True, logits_to_keep=1)
+            out = model(ids, **{word: own}, use_cache=True, logits_to_keep=1)
         yield rows, out.logits[:, -1].float().cpu()
 
 
-def _prefilled(model: Any, prefix: Tensor) -> Any:
+def _prefilled(model: Any, prefix: Tensor, word: str) -> Any:
     """The cache of `prefix [1, P]`, or None where the model keeps anything else than keys and values, or nothing."""
-    cache = getattr(model(prefix, use_cache=True, logits_to_keep=1), "past_key_values", None)
+    cache = getattr(model(prefix, use_cache=True, logits_to_keep=1), word, None)
     layers = getattr(cache, "layers", None)
     plain = layers and all(hasattr(layer, "keys") and not hasattr(layer, "conv_states") for layer in layers)
     return cache if plain else None

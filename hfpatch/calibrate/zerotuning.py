@@ -260,7 +260,8 @@ def zerotuning(
     from ..cli.console import console, progress, quieten
 
     quieten()
-    search = Search(seeds=tuple(range(seeds)), layers=layers, **({"gammas": factors(gammas)} if gammas else {}))
+    tried = factors(gammas) if gammas else Search.gammas
+    search = Search(seeds=tuple(range(seeds)), layers=layers, gammas=tried)
     with own_folder(out, (SWEEP_FILE,)):
         loaded = load_model(model, dtype, device)
         every = Source(data, split, prompt, answer, names, shots, renamed).load(examples + fresh)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_answers_are_the_same_with_a_shared_beginning(kind: str) -> None:
 def test_models_that_cannot_branch_read_every_prompt_whole() -> None:
     model = zoo.SUPPORTED["llama"].build()
     plain = model.forward
-    model.forward = lambda *a, **k: plain(*a, **{**k, "use_cache": False})
+    model.forward = wraps(plain)(lambda *a, **k: plain(*a, **{**k, "use_cache": False}))
     examples = [Example("abcdefghijklmnopqrstuvwxyz" + t, ("a", "b"), "a") for t in make_texts(5, 6)]
     whole, shared = Questions(Letters(), examples).ask(model), Questions(Letters(), examples, share=True).ask(model)
     assert torch.allclose(whole.labels, shared.labels, atol=1e-5)
