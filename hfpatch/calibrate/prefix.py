@@ -15,25 +15,40 @@ CACHE_WORDS = ("cache", "past_key_values")  # as the releases have it
 
 
 @dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts by number `rows [n]`, their ids after the prefix `[n, L]`, and where each has its last one, `ends [n]`.
+
+    What follows an end is padding, which a causal model does not see before it.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    ends: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Group:
-    """Prompts with the same beginning `prefix [P]`, which may be empty: rows `[n]` and the ids `[n, L]` after it."""
+    """Prompts with the same beginning `prefix [P]`, which may be empty."""
 
     prefix: Tensor
-    batches: list[tuple[Tensor, Tensor]]
+    batches: list[Batch]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return len(self.prefix) + max(ids.shape[1] for _, ids in self.batches)
+        return len(self.prefix) + max(int(b.ends.max()) for b in self.batches) + 1
 
     @property
     def shortest(self) -> int:
         """Tokens of the shortest prompt."""
-        return len(self.prefix) + min(ids.shape[1] for _, ids in self.batches)
+        return len(self.prefix) + min(int(b.ends.min()) for b in self.batches) + 1
 
 
 def grouped(ids: Sequence[list[int]], batch: int, share: bool = False) -> list[Group]:
-    """Prompts in batches of at most `batch`; `share`: those alike in SHORTEST tokens share a prefix."""
+    """Prompts in batches of at most `batch`, each of one length.
+
+    With `share`, those alike in SHORTEST tokens share a prefix, and a batch has several lengths.
+    """
     together: dict[tuple[int, ...], list[int]] = {}
     for n, row in enumerate(ids):
         together.setdefault(tuple(row[:SHORTEST]) if share else (), []).append(n)
@@ -41,12 +56,18 @@ def grouped(ids: Sequence[list[int]], batch: int, share: bool = False) -> list[G
     for start, rows in together.items():
         common = _common([ids[n] for n in rows]) if len(start) == SHORTEST and len(rows) > 1 else 0
         by_length: dict[int, list[int]] = {}
-        for n in rows:
-            by_length.setdefault(len(ids[n]), []).append(n)
+        for n in sorted(rows, key=lambda n: len(ids[n])) if share else rows:
+            by_length.setdefault(0 if share else len(ids[n]), []).append(n)
         chunks = [some[a : a + batch] for some in by_length.values() for a in range(0, len(some), batch)]
-        batches = [(torch.tensor(some), torch.tensor([ids[n][common:] for n in some])) for some in chunks]
+        batches = [_batch(some, [ids[n][common:] for n in some]) for some in chunks]
         groups.append(Group(torch.tensor(ids[rows[0]][:common], dtype=torch.long), batches))
     return groups
+
+
+def _batch(rows: list[int], ids: list[list[int]]) -> Batch:
+    longest = max(map(len, ids))
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], dtype=torch.long)
+    return Batch(torch.tensor(rows), padded, torch.tensor([len(row) - 1 for row in ids]))
 
 
 def _common(ids: Sequence[list[int]]) -> int:
@@ -61,15 +82,16 @@ def last_logits(model: Any, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
     prefix = group.prefix.to(device)[None]
     word = next((w for w in CACHE_WORDS if w in inspect.signature(model.forward).parameters), "")
     cache = _prefilled(model, prefix, word) if word and prefix.shape[1] else None
-    for rows, ids in group.batches:
-        ids = ids.to(device)
+    for b in group.batches:
+        ids, (kept, at) = b.ids.to(device), b.ends.unique(return_inverse=True)
         if cache is None:
-            out = model(torch.cat([prefix.expand(len(ids), -1), ids], 1), use_cache=False, logits_to_keep=1)
+            whole = torch.cat([prefix.expand(len(ids), -1), ids], 1)
+            out = model(whole, use_cache=False, logits_to_keep=kept.to(device) + prefix.shape[1])
         else:
             own = copy.deepcopy(cache)
             own.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=device))
-            out = model(ids, **{word: own}, use_cache=True, logits_to_keep=1)
-        yield rows, out.logits[:, -1].float().cpu()
+            out = model(ids, **{word: own}, use_cache=True, logits_to_keep=kept.to(device))
+        yield b.rows, out.logits[torch.arange(len(ids)), at.to(device)].float().cpu()
 
 
 def _prefilled(model: Any, prefix: Tensor, word: str) -> Any:

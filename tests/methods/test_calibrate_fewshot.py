@@ -93,13 +93,17 @@ def test_prompts_with_the_same_beginning_share_it() -> None:
     ids = [[*long, 50, 51, 1], [*other, 2], [*long, 50, 51, 2, 3], [*long, 50, 51, 9], [7]]
     groups = grouped(ids, 8, share=True)
     assert [g.prefix.tolist() for g in groups] == [[*long, 50, 51], [], []]
-    found = {n: [*g.prefix.tolist(), *row] for g in groups for rows, some in g.batches
-             for n, row in zip(rows.tolist(), some.tolist(), strict=True)}  # fmt: skip
+    found = {
+        int(b.rows[k]): [*g.prefix.tolist(), *b.ids[k, : int(b.ends[k]) + 1].tolist()]
+        for g in groups for b in g.batches for k in range(len(b.rows))
+    }  # fmt: skip
     assert [found[n] for n in range(5)] == ids
     assert (groups[0].shortest, groups[0].longest) == (SHORTEST + 3, SHORTEST + 4)
-    assert [rows.tolist() for rows, _ in groups[0].batches] == [[0, 3], [2]]
+    assert [b.rows.tolist() for b in groups[0].batches] == [[0, 3, 2]]
+    assert [b.rows.tolist() for b in grouped(ids, 2, share=True)[0].batches] == [[0, 3], [2]]
+    assert all(int(b.ends.min()) == b.ids.shape[1] - 1 for b in grouped(ids, 8)[0].batches)
     twice = grouped([[*long, 5], [*long, 5]], 8, share=True)[0]
-    assert twice.prefix.tolist() == long and twice.batches[0][1].tolist() == [[5], [5]]
+    assert twice.prefix.tolist() == long and twice.batches[0].ids.tolist() == [[5], [5]]
     assert not grouped(ids, 8)[0].prefix.numel()
 
 
@@ -117,9 +121,9 @@ def test_answers_are_the_same_with_a_shared_beginning(kind: str) -> None:
         assert torch.equal(want.token, got.token) and torch.allclose(want.labels, got.labels, atol=1e-4)
         assert torch.allclose(want.entropy, got.entropy, atol=1e-4)
     hook.remove()
-    whole_tokens = sum(1 + len(e.prompt) for e in examples)
-    again = whole_tokens - 27 * len(examples) if kind != "falcon_h1" else whole_tokens
-    assert sum(seen) == 2 * (whole_tokens + 27 + again)
+    plain = sum(b.ids.numel() for g in whole.groups for b in g.batches)
+    own = sum(b.ids.numel() + (27 * len(b.rows) if kind == "falcon_h1" else 0) for b in shared.groups[0].batches)
+    assert sum(seen) == 2 * (plain + 27 + own)
 
 
 def test_models_that_cannot_branch_read_every_prompt_whole() -> None:
