@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest test-floor models schema lint types wheel clean
+.PHONY: demo test test-slow test-real test-newest test-floor real-models models schema lint types wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,15 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# What is marked real, on the small models in $(REAL), which real-models fetches from the Hub
+REAL ?= real-models
+
+test-real: $(STAMP)
+	HFPATCH_REAL_MODELS=$(abspath $(REAL)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real -rs
+
+real-models: $(STAMP)
+	$(BIN)/python tests/fetch_models.py $(REAL)
 
 # Other releases of Transformers, each in an environment of its own: the newest there is, the oldest hfpatch runs on.
 # A part of the tests that takes a few minutes: what meets Transformers, with the invariants on every third model.

@@ -44,11 +44,13 @@ class Drives:
         tokenizer: Any = None,
         state_file: str | None = None,
         progress: bool = True,
+        answer_prefix: str = "",
     ) -> "Retrieval | list[Retrieval]":
         """Read `context` with `question` in mind and return the sentences kept. Raises ConfigError, InputError."""
         return self._reader("retrieve").retrieve(
-            self._model, context, question, tokenizer=tokenizer, state_file=state_file, progress=progress
-        )
+            self._model, context, question, tokenizer=tokenizer, state_file=state_file, progress=progress,
+            answer_prefix=answer_prefix,
+        )  # fmt: skip
 
     def answer(
         self, found: "Retrieval | list[Retrieval]", *, tokenizer: Any = None, **generate_kwargs: Any
@@ -64,12 +66,13 @@ class Drives:
         tokenizer: Any = None,
         state_file: str | None = None,
         progress: bool = True,
+        answer_prefix: str = "",
         **generate_kwargs: Any,
     ) -> str | list[str]:
         """`retrieve` and `answer` in one. Raises ConfigError, InputError."""
         return self._reader("generate").generate(
             self._model, context, question, tokenizer=tokenizer, state_file=state_file, progress=progress,
-            **generate_kwargs,
+            answer_prefix=answer_prefix, **generate_kwargs,
         )  # fmt: skip
 
     def rank_layers(

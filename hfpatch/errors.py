@@ -35,6 +35,10 @@ class SaveError(HfpatchError):
     """A patch that could not be written; its folder holds what it held before, or all of the new patch."""
 
 
+class NothingLearnedError(HfpatchError):
+    """A calibration whose result is no better than none; nothing was saved."""
+
+
 class UnsupportedModelError(HfpatchError):
     """The model's attention cannot be patched."""
 

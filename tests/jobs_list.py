@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hfpatch.evals.jobs.audit import AuditJob
 from hfpatch.evals.jobs.base import Job
 from hfpatch.evals.jobs.latency import LatencyJob
 from hfpatch.evals.jobs.lm_eval import LmEvalJob
@@ -23,6 +24,11 @@ TIMED = {
 READ = {
     "depth": 0.5, "score": 0.5, "samples": 1, "kept": None, "chunks": None, "seconds": 0.5, "busy_seconds": 0.5,
     "peak": 9,
+}  # fmt: skip
+ESTIMATE = {"mean": 0.5, "low": 0.4, "high": 0.6, "count": 16}
+MASSES = {
+    "mass": ESTIMATE, "error": ESTIMATE, "kept_in_tiles": ESTIMATE, "oracle_in_tiles": {**ESTIMATE, "low": None},
+    "oracle": 0.75,
 }  # fmt: skip
 RANGE = {"tokens": 64, "nll": 1.0, "perplexity": 2.7}
 
@@ -47,12 +53,20 @@ KINDS = [
         "score": 0.5, "samples": 2, "answer_nll": 0.5, "nll_by_steps": True, "seconds": 0.5, **ATTENDED,
     }),
     Kind(PerplexityJob([128], 1, 2), lambda job: {
-        "positions": [{"start": a, "stop": a + 64, **RANGE} for a in (0, 64)], "samples": 1, **ATTENDED,
+        "positions": [{"start": a, "stop": a + 64, **RANGE} for a in (0, 64)], "samples": 1,
+        "nll_of_samples": [1.0], **ATTENDED,
     }),
     Kind(LmEvalJob(["arc_easy"], 2), lambda job: {
         "task": "arc_easy", "metric": "acc", "score": 0.25, "samples": 2, **ATTENDED,
     }),
     Kind(LatencyJob([64, 128], 2, 2), lambda job: {"rows": [{"variant": name, **TIMED} for name in VARIANTS]}),
+    Kind(AuditJob([64, 128], 1, tiles=1, new_tokens=1), lambda job: {
+        "phases": [
+            {"phase": p, "density": 0.5, "sparse_layers": 1, **MASSES, "layers": [{"layer": 1, **MASSES}]}
+            for p in ("prefill", "decode")
+        ],
+        "notes": [],
+    }),
     Kind(MemoryJob([64, 128]), lambda job: {
         "peak_prefill": 900, "peak_decode": 800, "peak": 900, "baseline": 5, "how": "counted",
     }),

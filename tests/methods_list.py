@@ -33,7 +33,7 @@ class MethodCase:
 
 DHSA = {
     "budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius": 2, "boundary_window": 2,
-    "question_tokens": 0,
+    "question_tokens": 0, "score": "mass",
 }  # fmt: skip
 
 METHODS = [
@@ -46,7 +46,7 @@ METHODS = [
     ),
     MethodCase("streaming", {"sink": 2, "window": 8}, {"window": 1 << 20}),
     MethodCase(
-        "streaming", {"sink": 2, "window": 8, "last_queries": 5}, {"window": 1 << 20}, "tile", label="tri-shape"
+        "streaming", {"sink": 2, "window": 8, "question_tokens": 5}, {"window": 1 << 20}, "tile", label="tri-shape"
     ),
     MethodCase(
         "block_topk",

@@ -32,13 +32,13 @@ def test_a_grid_says_which_tiles_see_which_blocks(grid: Grid) -> None:
 
 
 @grids
-def test_forced_blocks_are_sinks_recent_ones_and_those_seen_in_part(grid: Grid) -> None:
+def test_forced_blocks_are_sinks_recent_ones_and_the_tile_s_own(grid: Grid) -> None:
     forced = grid.forced(1, 2)
     for tile, row in enumerate(seen(grid)):
         newest = max(n for n, part in enumerate(row) if part.any())
         for block, part in enumerate(row):
-            partly = not bool(part.all()) or part.shape[1] < grid.block_k  # a short last block counts as seen in part
-            want = bool(part.any()) and (block < 1 or block > newest - 2 or partly)
+            own = (block + 1) * grid.block_k > int(grid.first[tile])
+            want = bool(part.any()) and (block < 1 or block > newest - 2 or own)
             assert bool(forced[tile, block]) == want, (tile, block)
 
 
@@ -57,7 +57,7 @@ def test_blocks_are_chosen_by_score_forced_ones_first(grid: Grid) -> None:
     assert torch.equal(kept_blocks(grid, keep).block_mask(grid.at), keep & grid.visible)
     all_kept = within_budget(grid, score, keep, forced, None).block_mask(grid.at)
     assert torch.equal(all_kept, (keep | forced) & grid.visible)
-    few = within_budget(grid, score, keep, forced, 3 * grid.block_k).block_mask(grid.at)
+    few = within_budget(grid, score, keep, forced, budget).block_mask(grid.at)
     assert torch.equal(few & all_kept, few) and bool((few | ~forced).all())
     assert torch.equal(few.sum(-1), torch.minimum(all_kept.sum(-1), forced.sum(-1).clamp_min(3)))
 

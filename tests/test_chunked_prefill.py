@@ -21,7 +21,7 @@ LENGTH = 136
 CUTS = (45, 85, 94, 95)  # chunks of 45, 40, 9, 1 and 41 tokens
 LENGTHS = [LENGTH, 120, 101]
 TILE = 16  # a multiple of every tile in the list
-LATE = {"last_queries", "last_blocks", "question_tokens"}  # settings that make a choice hang on where the call ends
+LATE = {"last_blocks", "question_tokens"}  # settings that make a choice hang on where the call ends
 ONE_SHOT = [pair for pair in CASES if pair.values[1].causality == "yes" and not pair.values[1].one_phase]
 BY_TILE = [
     pair

@@ -150,7 +150,7 @@ def test_later_tokens_move_no_logit_before_their_tile(tiny: zoo.TinyModel, case:
     model = built(tiny.name)
     ids, fresh = zoo.prompt(model, 1, LENGTH), zoo.prompt(model, 1, LENGTH, seed=1)
     tile = case.tile if case.causality == "tile" else 1
-    last = case.settings.get("last_queries") or case.settings.get("question_tokens") or 0
+    last = case.settings.get("question_tokens", 0)
     with patched(model, case.name, **case.settings):
         want = logits(model, ids)
         for start in (LENGTH // 3, LENGTH - 19, LENGTH - 2):

@@ -29,13 +29,21 @@ RENAMED = {
     "vertical_slash": {"share": "head_sharing"},
     "quest": {"share": "head_sharing"},
     "sampled": {"share": "head_sharing"},  # as every block method, whose settings it shares
+    "streaming": {"last_queries": "question_tokens"},
     "pattern": {"sink": "sink_blocks", "window": "window_blocks", "share": "head_sharing"},
     "dhsa": {
         "window": "boundary_window", "heads": "head_sharing", "share": "layer_sharing",
         "share_span": "layer_sharing_span",
     },
 }  # fmt: skip
-VALUES = {"top_p": 0.5, "sink_blocks": 3, "window_blocks": 7, "boundary_window": 7, "layer_sharing_span": 2}
+VALUES = {
+    "top_p": 0.5,
+    "sink_blocks": 3,
+    "window_blocks": 7,
+    "boundary_window": 7,
+    "layer_sharing_span": 2,
+    "question_tokens": 5,
+}
 CASES = [(name, old, new) for name, names in RENAMED.items() for old, new in names.items()]
 
 

@@ -88,7 +88,7 @@ def test_names_that_are_no_methods(name: str) -> None:
 def test_presets_are_settings_of_a_method_and_may_be_changed() -> None:
     assert registry.list_presets()["tri-shape"][0] == "streaming"
     config: Any = registry.make_config("tri-shape", {"window": 64})
-    assert (config.method, config.sink, config.window, config.last_queries) == ("streaming", 128, 64, 128)
+    assert (config.method, config.sink, config.window, config.question_tokens) == ("streaming", 128, 64, 128)
     for preset, (method, settings) in registry.list_presets().items():
         assert registry.make_config(preset, {}) == get_method(method).config_class(**settings)
         assert preset not in list_methods()

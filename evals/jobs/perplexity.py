@@ -1,23 +1,42 @@
 """Perplexity by position under every variant."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..run.cells import Cell, CellResult, Data, Session, Work
 from ..run.models import check_length
-from ..run.stats import tokens
-from ..run.variants import Variant
+from ..run.stats import mean_interval, tokens
+from ..run.variants import DENSE, Variant
 from ..tasks import PerplexityByPosition
 from .base import COUNT, FIGURE, LENGTHS, POSITIVE, TEXT, WHOLE, Job, setting
 from .registry import register_job
 from .scores import attended
-from .view import PLAIN, Answer, Aspect, Lines, Number, Panel, Row, Series, Table, View, heading, lengths_of, names_of
+from .view import (
+    PLAIN,
+    Answer,
+    Aspect,
+    Lines,
+    Number,
+    Panel,
+    Row,
+    Series,
+    Table,
+    TableCell,
+    View,
+    heading,
+    lengths_of,
+    names_of,
+)
 
 ASPECT = Aspect(
-    "perplexity", "Perplexity: how well prose is predicted; lower is better.", lambda value: f"{value:.2f}",
-    lambda own, dense, clear: f"has a perplexity of {own:.2f} against {dense:.2f}", more_is_better=False, longest=True,
+    "NLL", "NLL: mean negative log-likelihood of text, nats per token, and its difference to dense; lower is better.",
+    lambda value: f"{value:.3f}",
+    lambda own, dense, clear: f"predicts text at {own:.3f} nats per token against {dense:.3f}",
+    more_is_better=False, longest=True,
 )  # fmt: skip
+BOUND = {"anyOf": [{"type": "null"}, FIGURE]}
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 SPANS = 5  # ranges of positions in the table
 
 
@@ -28,7 +47,10 @@ class PerplexityJob(Job):
 
     kind = "perplexity"
     about = "Negative log-likelihood of prose by position."
-    row = attended(length=POSITIVE, start=WHOLE, stop=WHOLE, perplexity=FIGURE)
+    row = attended(
+        {name: BOUND for name in DIFFERENCE}, length=POSITIVE, start=WHOLE, stop=WHOLE, perplexity=FIGURE,
+        tokens=POSITIVE, nll=FIGURE,
+    )  # fmt: skip
 
     lengths: Sequence[int] = setting(LENGTHS)
     samples: int = setting(COUNT, 4)
@@ -68,6 +90,7 @@ class PerplexityJob(Job):
         return CellResult(
             {
                 "positions": _merge([r["buckets"] for r in records]), "samples": len(records),
+                "nll_of_samples": [mean_nll(b[2:] for b in r["buckets"]) for r in records],
                 "question_in_sparse_part": variant.question_in_sparse_part, "density_prefill": density,
                 "density_decode": 1.0,
             },
@@ -75,10 +98,12 @@ class PerplexityJob(Job):
         )  # fmt: skip
 
     def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
-        """One row per length, variant and range of positions."""
+        """One row per length, variant and range of positions, each with the cell's difference to dense."""
         shared = ("samples", "question_in_sparse_part", "density_prefill", "density_decode")
+        own = {c: data.get("nll_of_samples") for c, data in done.items()}
+        apart = {c: difference(own[c], own.get(replace(c, variant=DENSE))) for c in done}
         return [
-            {"variant": c.variant, "length": c.length, **point, **{k: data[k] for k in shared}}
+            {"variant": c.variant, "length": c.length, **point, **{k: data[k] for k in shared}, **apart[c]}
             for c, data in done.items()
             for point in data["positions"]
         ]
@@ -90,27 +115,72 @@ class PerplexityJob(Job):
         last = [r for r in rows if r["length"] == longest]
         spans = sorted({(r["start"], r["stop"]) for r in last})
         spans = spans[:: -(-len(spans) // SPANS)]
-        body, lines = [], []
+        whole = {(n, at): _whole(rows, n, at) for n, at in dict.fromkeys((r["variant"], r["length"]) for r in rows)}
+        waiting = [n for n in names_of(rows) if n in decode_only]  # nothing is said of them by this
+        body: list[list[str | TableCell]] = []
+        lines = []
         for name in names_of(rows):
             own = sorted((r for r in last if r["variant"] == name), key=lambda r: r["start"])
             found = {(r["start"], r["stop"]): r["perplexity"] for r in own}
-            body.append([name, *(f"{found[s]:.2f}" if s in found else "" for s in spans)])
+            nll = _cell(whole[name, longest]) if own else ""
+            body.append([name, *(f"{found[s]:.2f}" if s in found else "" for s in spans), nll])
             middles = [(r["start"] + r["stop"]) / 2 for r in own]
             lines.append(Series(name, middles, [r["perplexity"] for r in own]))
-        numbers = [_number(r) for r in rows]
         title = f"prompts of {longest} tokens"
         return View(
             heading("Perplexity by position", entry),
             "How well prose is predicted early and late in the context; lower is better. A method that loses old "
             "context stays flat where dense keeps falling.",
-            Table(title, ["variant", *(f"from {start}" for start, _ in spans)], body),
+            Table(title, ["variant", *(f"from {start}" for start, _ in spans), "NLL"], body),
             Lines(
                 [Panel(lines, "perplexity (lower is better)")], "position of the predicted token", lengths=False,
                 note=f", prompts of {longest} tokens",
             ),
-            numbers,
-            answers=[Answer(ASPECT, r["variant"], float(r["perplexity"]), r["length"]) for r in rows],
+            [*map(_number, rows), *(Number("NLL", n, tokens(at), w.nll, PLAIN) for (n, at), w in whole.items())],
+            [
+                "NLL: mean negative log-likelihood over all positions in nats per token; beside it the difference to "
+                "dense over the same samples, with its 95 % interval (Student's t) where there are several.",
+                *(f"{n} acts in decode steps alone, and this text was read at once." for n in waiting),
+            ],
+            [Answer(ASPECT, n, w.nll, at, w.clear, w.small) for (n, at), w in whole.items() if n not in waiting],
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Whole:
+    """NLL over all positions of one variant and length, and its difference to dense in words."""
+
+    nll: float
+    small: str
+    clear: bool
+
+
+def _whole(rows: Sequence[Row], name: str, length: int) -> Whole:
+    own = [r for r in rows if (r["variant"], r["length"]) == (name, length)]
+    nll = float(sum(r["tokens"] * r["nll"] for r in own) / sum(r["tokens"] for r in own))
+    apart, low, high = (own[0].get(key) for key in DIFFERENCE)
+    if apart is None or name == DENSE:
+        return Whole(nll, "", True)
+    if low is None or high is None:
+        return Whole(nll, f"{apart:+.3f}", True)
+    return Whole(nll, f"{apart:+.3f} [{low:+.3f}, {high:+.3f}]", not low <= 0 <= high)
+
+
+def _cell(found: Whole) -> str | TableCell:
+    return TableCell(f"{found.nll:.3f}", found.small) if found.small else f"{found.nll:.3f}"
+
+
+def mean_nll(parts: Iterable[Sequence[float]]) -> float:
+    """The mean over all tokens of parts `(tokens, mean NLL)`."""
+    found = list(parts)
+    return sum(n * nll for n, nll in found) / sum(n for n, _ in found)
+
+
+def difference(own: Sequence[float] | None, dense: Sequence[float] | None) -> Data:
+    """Mean difference of the samples' NLL to dense's, paired, with its interval; nothing where one is not known."""
+    if own is None or dense is None or len(own) != len(dense):
+        return {}
+    return dict(zip(DIFFERENCE, mean_interval([a - b for a, b in zip(own, dense, strict=True)]), strict=True))
 
 
 def _number(row: Row) -> Number:

@@ -3,12 +3,17 @@
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+from hfpatch import get_method
 from hfpatch.api import Patch
+from hfpatch.drives import Reads
+from hfpatch.methods.infiniretri import InfiniRetriConfig
+from hfpatch.runtime.positions import position_limit
 from hfpatch.text import grammar
+from hfpatch.text.needles import styled
 from hfpatch.text.sources import sentences
 
 from ..errors import EvaluationError
@@ -18,12 +23,15 @@ from ..run.models import Loaded, check_length
 from ..run.peak import peak_reader, trim
 from ..run.stats import memory_text, share, time_text, tokens
 from ..run.variants import Variant
-from ..tasks.answers import holds
+from ..tasks.answers import first_line, holds
+from ..tasks.cutting import within
+from ..tasks.frame import PLAIN, Frame, frame_of, style_of
 from ..tasks.layout import count_tokens
 from ..tasks.stream import stream
-from .base import COUNT, DEPTHS, HAYSTACK, LENGTHS, NUMBER, POSITIVE, TEXT, Job, keys, setting
+from .base import COUNT, DEPTHS, FLAG, HAYSTACK, LENGTHS, NUMBER, POSITIVE, TEXT, Job, keys, setting
 from .registry import register_job
 from .scores import INTERVALS, bounded, by_length, interval_text, percent, score_map, score_numbers
+from .task import CHAT, CHAT_HELP, NEEDLE, NEEDLE_HELP
 from .view import Row, Table, TableCell, View, heading, lengths_of, names_of
 
 FACTS = {"enum": ["needle", "tracking"]}
@@ -32,11 +40,11 @@ AT_MOST = {"type": "object", "additionalProperties": {"type": "integer", "minimu
 
 @dataclass(frozen=True)
 class Question:
-    """Facts with their depths in [0, 1], what is asked after the text, the answer, and a name for its place."""
+    """Facts with their depths in [0, 1], the turn that asks for the answer, and a name for its place."""
 
     facts: list[str]
     depths: list[float]
-    question: str
+    turn: str
     answer: str
     rng: random.Random
     depth: float
@@ -50,8 +58,8 @@ class ReaderJob(Job):
 
     `facts`: one "needle" at the depth, or "tracking", a chain of assignments spread over the text and followed
     backwards (`depths` then only count samples). `at_most` keeps a variant from texts longer than that; a variant
-    that does not read in chunks gets the text as one prompt. What it takes is not estimated: a reader takes time in
-    proportion to the text, not to its square.
+    that does not read in chunks gets the text as one prompt, with `cut` without the middle that its positions have no
+    room for. What it takes is not estimated: a reader takes time in proportion to the text, not to its square.
     """
 
     kind = "reader"
@@ -67,6 +75,11 @@ class ReaderJob(Job):
     haystack: str = setting(HAYSTACK, "grammar")
     facts: str = setting(FACTS, "needle", "One needle, or a chain of assignments all over the text.")
     at_most: Mapping[str, int] = setting(AT_MOST, {}, "Longest text for a variant, by its name.")
+    cut: bool = setting(
+        FLAG, False, "Cut the middle out of one-prompt texts that are longer than the model's positions."
+    )
+    chat: bool | None = setting(CHAT, None, CHAT_HELP)
+    needle: str | None = setting(NEEDLE, None, NEEDLE_HELP)
     label: str = "reader"
 
     def cells(self, variants: Sequence[Variant]) -> list[Cell]:
@@ -81,8 +94,13 @@ class ReaderJob(Job):
         """Texts."""
         return len(self.depths) * self.samples
 
-    def questions(self, length: int, seed: int) -> Iterator[Question]:
-        """All questions of one length; the same for every variant."""
+    def check(self, cell: Cell, session: Session) -> None:
+        """The text has to fit where it is one prompt and neither cut nor allowed to be longer."""
+        if not (self.cut or cell.variant in self.at_most or _reads(session.variant(cell.variant))):
+            check_length(session.loaded, cell.length)
+
+    def questions(self, length: int, seed: int, style: str = "grammar") -> Iterator[Question]:
+        """All questions of one length, said in a style of hfpatch.text.needles; the same for every variant."""
         for depth in self.depths:
             for index in range(self.samples):
                 rng = random.Random(f"{self.label}-{seed}-{length}-{depth}-{index}")
@@ -93,19 +111,19 @@ class ReaderJob(Job):
                     yield Question(asked.facts, places, question, answer.strip(" ."), rng, depth / 100, index)
                     continue
                 key, value = grammar.random_key(rng), grammar.random_value(rng)
-                facts = [grammar.needle(key, value)]
-                yield Question(facts, [depth / 100], grammar.question(key), value, rng, depth / 100, index)
+                plain = grammar.Task([grammar.needle(key, value)], [(grammar.question(key), f" {value}")])
+                told = styled(plain, style, rng)
+                yield Question(told.facts, [depth / 100], told.turns[0][0], value, rng, depth / 100, index)
 
     def run(self, cell: Cell, session: Session) -> CellResult:
         """Answer every question of one length under one variant."""
-        loaded, variant = session.loaded, session.variant(cell.variant)
-        records = []
+        loaded, (variant, chat) = session.loaded, _laid_out(session.variant(cell.variant), self.chat)
+        frame, style = frame_of(loaded.tokenizer, chat), style_of(loaded.tokenizer, self.needle)
+        reads, records = _reads(variant), []
         with variant.applied(loaded.model) as patch:
-            reads = patch is not None and patch.reads
-            if not reads and cell.variant not in self.at_most:
-                check_length(loaded, cell.length)
-            for asked in self.questions(cell.length, session.seed):
-                records.append(self._one(loaded, patch if reads else None, cell, asked))
+            for asked in self.questions(cell.length, session.seed, style):
+                record = self._one(loaded, patch if reads else None, cell, asked, frame)
+                records.append({**record, "chat": frame != PLAIN, "needle": style})
                 session.step()
         data = {
             "grid": [self._point(depth / 100, records) for depth in self.depths],
@@ -114,8 +132,8 @@ class ReaderJob(Job):
         }
         return CellResult(data, records)
 
-    def _one(self, loaded: Loaded, patch: Patch | None, cell: Cell, asked: Question) -> Data:
-        room = count_tokens(loaded.tokenizer, f" {asked.answer}") + 2
+    def _one(self, loaded: Loaded, patch: Patch | None, cell: Cell, asked: Question, frame: Frame) -> Data:
+        room = count_tokens(loaded.tokenizer, f" {asked.answer}") + (2 if frame == PLAIN else 8)
         source = sentences(self.haystack, asked.rng)
         pieces = stream(loaded.tokenizer, asked.facts, asked.depths, source, cell.length)
         trim()
@@ -124,16 +142,24 @@ class ReaderJob(Job):
         before, start, busy = reader.now(), time.perf_counter(), time.process_time()
         found: Data = {}
         if patch is None:
-            prompt = "".join(pieces).rstrip() + "\n" + asked.question
+            prompt = self._prompt(loaded, "".join(pieces).rstrip(), frame, asked.turn, room)
             output = complete(loaded.model, loaded.tokenizer, [prompt], room)[0]
         else:
-            output, found = _read(loaded, patch, pieces, asked, room)
+            output, found = _read(loaded, patch, pieces, asked, frame, room)
         took = {"seconds": time.perf_counter() - start, "busy_seconds": time.process_time() - busy}
         return {
             "job": self.label, "variant": cell.variant, "length": cell.length, "depth": asked.depth,
             "index": asked.index, "expected": asked.answer, "output": output,
-            "score": float(holds(output, asked.answer)), **found, **took, "peak": reader.peak() - before,
+            "score": float(holds(first_line(output), asked.answer)), **found, **took, "peak": reader.peak() - before,
         }  # fmt: skip
+
+    def _prompt(self, loaded: Loaded, text: str, frame: Frame, turn: str, room: int) -> str:
+        """The whole text, or what the model's positions leave of it, with the question after it."""
+        limit, tail = position_limit(loaded.model), "\n" + frame.tail(turn)
+        if self.cut and limit:
+            around = count_tokens(loaded.tokenizer, frame.before + tail) + room
+            text = within(loaded.tokenizer, text, limit - around)
+        return frame.before + text + tail
 
     @staticmethod
     def _point(depth: float, records: Sequence[Data]) -> Data:
@@ -189,10 +215,28 @@ def _chunks(number: int | None) -> str:
     return f"{number} chunk{'s' if number > 1 else ''}" if number else ""
 
 
+def _reads(variant: Variant) -> bool:
+    """Whether a method of the variant reads in chunks."""
+    return any(issubclass(get_method(c.method), Reads) for c in (variant.config.methods if variant.config else ()))
+
+
+def _laid_out(variant: Variant, chat: bool | None) -> tuple[Variant, bool | None]:
+    """The variant, and whether its prompts are chats: as the job says, else as the method that lays them out does."""
+    methods = variant.config.methods if variant.config else []
+    own = [c for c in methods if isinstance(c, InfiniRetriConfig)]
+    if variant.config is None or not own:
+        return variant, chat
+    if chat is None:
+        return variant, own[0].chat
+    told = [replace(c, chat=chat) if isinstance(c, InfiniRetriConfig) else c for c in methods]
+    return replace(variant, config=replace(variant.config, methods=told)), chat
+
+
 def _read(
-    loaded: Loaded, patch: Patch, pieces: Iterator[str], asked: Question, room: int
+    loaded: Loaded, patch: Patch, pieces: Iterator[str], asked: Question, frame: Frame, room: int
 ) -> tuple[str, Mapping[str, Any]]:
-    found = patch.retrieve(pieces, asked.question, tokenizer=loaded.tokenizer, progress=False)
+    question, begun = frame.parts(asked.turn)
+    found = patch.retrieve(pieces, question, tokenizer=loaded.tokenizer, progress=False, answer_prefix=begun)
     output = patch.answer(found, tokenizer=loaded.tokenizer, max_new_tokens=room, do_sample=False)
     kept = {
         "kept": mean(float(f in found.text) for f in asked.facts), "chunks": found.chunks,

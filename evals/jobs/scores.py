@@ -1,6 +1,6 @@
 """What jobs that score answers share: shares with their Wilson intervals, and the score's place in the answer."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -10,12 +10,14 @@ from .view import PLAIN, SHARE, Answer, Aspect, HeatMap, Number, Row, Table, Tab
 
 ATTENDED = {"variant": TEXT, "question_in_sparse_part": FLAG, "density_prefill": NUMBER, "density_decode": NUMBER}
 NLL = "answer_nll"
+PLACED = "stands at the end of the one prompt"
+READ = "Prompt and answer were read in one forward pass"
 INTERVALS = "In brackets: the 95 % Wilson interval of the share, in percent."
 
 
-def attended(**properties: Any) -> dict[str, Any]:
-    """The schema of a row with densities and these keys."""
-    return keys({NLL: FIGURE, "nll_by_steps": FLAG}, **ATTENDED, **properties)
+def attended(may_have: Mapping[str, Any] | None = None, /, **properties: Any) -> dict[str, Any]:
+    """The schema of a row with densities and these keys, and with those of `may_have` if they are there."""
+    return keys({NLL: FIGURE, "nll_by_steps": FLAG, **(may_have or {})}, **ATTENDED, **properties)
 
 
 def percent(value: float) -> str:
@@ -116,25 +118,26 @@ def score_table(rows: Sequence[Row], title: str) -> Table:
     return Table(title, header, body)
 
 
-def score_notes(rows: Sequence[Row]) -> list[str]:
+def score_notes(rows: Sequence[Row], together: bool = False) -> list[str]:
     """What the columns of a score table mean, and whether the question was prefilled under the patch."""
     inside = list(dict.fromkeys(r["variant"] for r in rows if r["question_in_sparse_part"]))
     told = f"inside the sparse part for {', '.join(inside)}" if inside else "under no sparse prefill"
     longest = tokens(lengths_of(rows)[-1])
     return [
-        *(_nll_notes(rows) if any(NLL in r for r in rows) else []),
+        *(_nll_notes(rows, together) if any(NLL in r for r in rows) else []),
         INTERVALS, f"Keys attended: share in the prefill / in decoding, prompts of {longest} tokens.",
-        f"The question stands at the end of the one prompt, {told}.",
+        f"The question {'follows the prefill as a call of its own' if together else PLACED}, {told}.",
     ]  # fmt: skip
 
 
-def _nll_notes(rows: Sequence[Row]) -> list[str]:
+def _nll_notes(rows: Sequence[Row], together: bool) -> list[str]:
     """How the answer NLL was measured."""
+    read = "Question and answer were read in one call after the haystack's" if together else READ
     stepped = list(dict.fromkeys(r["variant"] for r in rows if r.get("nll_by_steps")))
     told = f"; {', '.join(stepped)}, acting in decoding alone, got the answer token by token" if stepped else ""
     return [
-        "Answer NLL, by prompt length: mean negative log-likelihood of the true answer in nats per token. Prompt and "
-        f"answer were read in one forward pass under the patch{told}.",
+        "Answer NLL, by prompt length: mean negative log-likelihood of the true answer in nats per token. "
+        f"{read} under the patch{told}.",
     ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from hfpatch.core.report import Report
 from hfpatch.text.needles import STYLES
 
 from ..errors import EvaluationError
@@ -91,19 +92,12 @@ class AnswerJob(Job, ABC):
         samples = self.build(loaded, cell.length, session.seed)
         room = self.room(loaded, samples)
         check_length(loaded, cell.length, room)
-        outputs: list[str] = []
-        start = time.perf_counter()
-        with variant.applied(loaded.model) as patch:
-            for n in range(0, len(samples), self.batch_size):
-                prompts = [s.prompt for s in samples[n : n + self.batch_size]]
-                outputs += complete(loaded.model, loaded.tokenizer, prompts, room)
-                session.step()
-            report = patch.report() if patch else None
-        seconds = time.perf_counter() - start
         inside = variant.question_in_sparse_part
         stepped = variant.config is not None and not inside
         asks = self.nll and callable(loaded.model)  # what only generates has no likelihoods
-        likely = self._likely(session, variant, samples, stepped) if asks else [{} for _ in samples]
+        start = time.perf_counter()
+        outputs, likely, report = self.answers(session, variant, samples, room, asks, stepped)
+        seconds = time.perf_counter() - start
         records = [
             {
                 "job": self.label, "variant": variant.name, **s.meta, "length": cell.length,
@@ -122,6 +116,19 @@ class AnswerJob(Job, ABC):
             "seconds": seconds,
         }
         return CellResult(data, records)
+
+    def answers(
+        self, session: Session, variant: Variant, samples: Sequence[Sample], room: int, asks: bool, stepped: bool
+    ) -> tuple[list[str], list[Data], Report | None]:
+        """What the model answers to every sample, the true answers' NLL if it `asks`, and the patch's report."""
+        loaded, outputs = session.loaded, []
+        with variant.applied(loaded.model) as patch:
+            for n in range(0, len(samples), self.batch_size):
+                prompts = [s.prompt for s in samples[n : n + self.batch_size]]
+                outputs += complete(loaded.model, loaded.tokenizer, prompts, room)
+                session.step()
+            report = patch.report() if patch else None
+        return outputs, self._likely(session, variant, samples, stepped) if asks else [{} for _ in samples], report
 
     @staticmethod
     def _likely(session: Session, variant: Variant, samples: Sequence[Sample], stepped: bool) -> list[Data]:

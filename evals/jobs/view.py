@@ -152,13 +152,14 @@ class Aspect:
 
 @dataclass(frozen=True)
 class Answer:
-    """A value of an aspect; not `clear` when it is within the noise."""
+    """A value of an aspect, what stands small beside it, and whether it is `clear` or within the noise."""
 
     aspect: Aspect
     variant: str
     value: float
     length: int = 0
     clear: bool = True
+    small: str = ""
 
 
 @dataclass(frozen=True)

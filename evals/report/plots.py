@@ -131,9 +131,15 @@ def _lines(plot: Lines) -> Figure:
         _dress(axis, panel)
         if plot.lengths:
             _length_axis(axis, sorted({x for s in panel.series for x in s.x}))
+        else:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel(plot.x_label)
     columns = min(len(names), 3 if len(plot.panels) == 1 else 4)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+    shown: dict[str, Any] = {}
+    for axis in grid.flat:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(name, handle)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
     return figure
 
 

@@ -49,7 +49,8 @@ def lines(names: Sequence[str], answers: Sequence[Answer]) -> list[Line]:
 def _one(values: Sequence[Answer]) -> Answer:
     aspect, variant, length = values[0].aspect, values[0].variant, max(a.length for a in values)
     own = [a for a in values if a.length == length or not aspect.longest]
-    return Answer(aspect, variant, mean(a.value for a in own), length, all(a.clear for a in own))
+    small = own[0].small if len(own) == 1 else ""
+    return Answer(aspect, variant, mean(a.value for a in own), length, all(a.clear for a in own), small)
 
 
 def score_points(found: Sequence[Line]) -> dict[str, tuple[float, float]]:
@@ -78,7 +79,7 @@ def answer_table(found: Sequence[Line]) -> Table:
 def _cell(answer: Answer) -> str | TableCell:
     aspect = answer.aspect
     if not aspect.stands_out:
-        return aspect.show(answer.value)
+        return TableCell(aspect.show(answer.value), answer.small) if answer.small else aspect.show(answer.value)
     mark = tone(answer.value, aspect.more_is_better) if answer.clear else ""
     return TableCell(ratio(answer.value, answer.clear), tone=mark)
 

@@ -35,19 +35,24 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: st
 def _at_once(model: Any, row: Tensor, start: int) -> Tensor:
     """Logits `[N, V]` of the N tokens from `start` on."""
     told = row.shape[1] - start
-    out = model(row, use_cache=False, **_kept(model, told + 1)).logits
+    out = model(row, use_cache=False, **kept_logits(model, told + 1)).logits
     return out[0, -told - 1 : -1]
 
 
 def _by_steps(model: Any, row: Tensor, start: int) -> Tensor:
-    out = model(row[:, :start], use_cache=True, **_kept(model, 1))
+    out = model(row[:, :start], use_cache=True, **kept_logits(model, 1))
     found = [out.logits[0, -1]]
     for n in range(start, row.shape[1] - 1):
-        out = model(row[:, n : n + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(row[:, n : n + 1], use_cache=True, **with_cache(model, out.past_key_values))
         found.append(out.logits[0, -1])
     return torch.stack(found)
 
 
-def _kept(model: Any, rows: int) -> dict[str, int]:
+def kept_logits(model: Any, rows: int) -> dict[str, int]:
     """Logits of the last rows alone, where the model can: all of them may be larger than its weights."""
     return {"logits_to_keep": rows} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache under the name that the model's calls give it, which depends on the release of Transformers."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from statistics import median, quantiles
+from statistics import mean, median, quantiles, stdev
 from typing import Any
 
 from hfpatch.calibrate.intervals import wilson_of
+from hfpatch.core.audit_report import student
 
 GIB = 2**30
 
@@ -30,6 +31,14 @@ def interval(score: float, samples: int) -> tuple[float, float]:
     p = min(max(float(score), 0.0), 1.0)
     low, high = wilson_of(p, samples)
     return max(0.0, min(low, p)), min(1.0, max(high, p))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean and its 95 % interval (Student's t), which a single value has not got."""
+    if len(values) < 2:
+        return mean(values), None, None
+    middle, half = mean(values), student(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return middle, middle - half, middle + half
 
 
 def break_even(speedups: Mapping[int, float], clear: Collection[int]) -> dict[str, Any]:

@@ -28,12 +28,14 @@ class Sample:
     (None where several facts are) and `depths` of all facts (0 start, 1 end of the haystack), `haystack`, `seed`,
     `index`, `question_place`, `question_at` (character at which the closing question begins) and
     `question_in_sparse_part`: True, as the question belongs to the prompt; a runner that feeds it apart says False.
+    `shared`: characters in front that samples which are asked together have in common.
     """
 
     prompt: str
     answers: list[str]
     meta: dict[str, Any] = field(default_factory=dict)
     continuation: str = ""
+    shared: int = 0
 
     @property
     def value(self) -> str:

@@ -27,8 +27,15 @@ class Frame:
         """The end of a prompt, from the question on: in a chat the answer begins in the assistant's turn."""
         if self.after is None:
             return turn
+        question, begun = self.parts(turn)
+        return "\n" + question + self.after + begun
+
+    def parts(self, turn: str) -> tuple[str, str]:
+        """What is asked, and what the answer begins with: all and nothing without a chat."""
+        if self.after is None:
+            return turn, ""
         question, *begun = _LEAD.split(turn, maxsplit=1)
-        return "\n" + question.removeprefix("Question: ") + self.after + "".join(begun)
+        return question.removeprefix("Question: "), "".join(begun)
 
 
 PLAIN = Frame()

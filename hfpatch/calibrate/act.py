@@ -15,13 +15,14 @@ from ..api import patched, plan_patch
 from ..cli.options import LAST_SEED, Device, Dtype, Model, number
 from ..config.patch_config import CONFIG_FILE, PatchConfig
 from ..errors import ConfigError
-from ..files.output import own_folder, write_json
+from ..files.output import write_json
 from ..methods.act import ACTConfig
 from ..runtime.model_facts import query_heads
 from ..version import __version__
 from .classification import Answers, Example, Questions, Source, measures
 from .intervals import paired, wilson
-from .options import Answer, Batch, Count, Data, Names, Prompt, Renamed, Shots, Split
+from .options import Answer, Batch, Count, Data, Fresh, Names, Prompt, Renamed, Shots, Split
+from .unfinished import Unfinished, calibration_folder, finish, model_mark
 
 SWEEP_FILE = "calibration.json"
 RULES = ("accuracy", "likelihood")
@@ -50,6 +51,7 @@ class HeadSearch:
         self.config().save_pretrained(out)
         versions = {"hfpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         write_json(out / SWEEP_FILE, {"versions": versions, **asdict(self)})
+        finish(out)
 
 
 def calibrate_act(
@@ -61,25 +63,23 @@ def calibrate_act(
     rule: str = "accuracy",
     seed: int = 0,
     batch: int = 32,
+    out: str | Path | None = None,
+    resume: bool = True,
     advance: Callable[[], None] | None = None,
 ) -> HeadSearch:
     """Try `act` on one head at a time and keep those that raise `rule` on half of the examples.
 
     ACT, arXiv 2406.15765, keeps heads that raise accuracy; rule "likelihood" takes the right label's mean
     log-probability, which still moves where accuracy stands still. The other half is held out, as the paper does not
-    say; random heads are the control. Raises ConfigError.
+    say; random heads are the control. In the folder `out` an interrupted search leaves what it has done until `save`,
+    and goes on from there when `resume`. Raises ConfigError.
     """
     s = config or ACTConfig()
     if rule not in RULES:
         raise ConfigError(f"rule {rule!r} is not one of {', '.join(RULES)}.")
     if s.heads is not None:
         raise ConfigError("act: heads is what the calibration looks for; leave it out.")
-    questions, count = Questions(tokenizer, examples, batch), query_heads(model)
-    questions.check(model)
-    if not questions.supervised:
-        raise ConfigError("Every example needs an 'answer' that is one of its 'labels'.")
-    if len(questions) < 8:
-        raise ConfigError(f"{len(questions)} examples are too few to search and to test on; give at least 8.")
+    questions, count = _questions(model, tokenizer, examples, batch), query_heads(model)
     if count is None:
         raise ConfigError("The model's config does not tell its number of query heads.")
     settings = {k: getattr(s, k) for k in ("beta", "threshold", "layers", "executor")}
@@ -88,27 +88,64 @@ def calibrate_act(
     def ask(heads: list[list[int]]) -> Answers:
         if heads:
             with patched(model, ACTConfig(**settings, heads=heads)):
-                answers = questions.ask(model)
-        else:
-            answers = questions.ask(model)
-        step()
-        return answers
+                return questions.ask(model)
+        return questions.ask(model)
 
     layers = [layer.index for layer, what in plan_patch(model, [s]) if what == "act"]
     rows = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
     searched, held = rows[len(rows) // 2 :], rows[: len(rows) // 2]
-    key = "accuracy" if rule == "accuracy" else "log_likelihood"
-    before = ask([])
-    base = measures(questions, before, searched)
     every = [[n, h] for n in layers for h in range(count)]
-    tried = [{"layer": n, "head": h, **measures(questions, ask([[n, h]]), searched)} for n, h in every]
-    kept = [pair for pair, t in zip(every, tried, strict=True) if t[key] > base[key]]
-    name = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    found = HeadSearch(rule, len(questions), base, tried, kept, settings=settings, model=name)
-    drawn = sorted(random.Random(seed).sample(every, len(kept)))
-    after = {"after": kept, "random_heads": drawn, "all_heads": every}
-    found.held_out = _held_out(questions, held, before, {k: before if not v else ask(v) for k, v in after.items()})
+    run = {"calibration": "act", "settings": settings, "seed": seed, "batch": batch, "layers": layers}
+    marks = {"model": model_mark(model), "examples": questions.mark()}
+    state = Unfinished(out, {**run, **marks}, "heads", len(every))
+    tried = _tried(state, every) if resume else []
+    for _ in tried:
+        step()
+    with state.keeping(lambda: ({"heads": tried}, {})):
+        before = ask([])
+        base = measures(questions, before, searched)
+        step()
+        for n, h in every[len(tried) :]:
+            own = measures(questions, ask([[n, h]]), searched)
+            with state.step():
+                tried.append({"layer": n, "head": h, **own})
+            step()
+        key = "accuracy" if rule == "accuracy" else "log_likelihood"
+        kept = [pair for pair, t in zip(every, tried, strict=True) if t[key] > base[key]]
+        name = getattr(getattr(model, "config", None), "name_or_path", None) or None
+        found = HeadSearch(rule, len(questions), base, tried, kept, settings=settings, model=name)
+        drawn = sorted(random.Random(seed).sample(every, len(kept)))
+        after = {}
+        for which, heads in {"after": kept, "random_heads": drawn, "all_heads": every}.items():
+            after[which] = ask(heads) if heads else before
+            step()
+    found.held_out = _held_out(questions, held, before, after)
     return found
+
+
+def _questions(model: nn.Module, tokenizer: Any, examples: Sequence[Example], batch: int) -> Questions:
+    """The examples, supervised and enough of them. Raises ConfigError."""
+    questions = Questions(tokenizer, examples, batch)
+    questions.check(model)
+    if not questions.supervised:
+        raise ConfigError("Every example needs an 'answer' that is one of its 'labels'.")
+    if len(questions) < 8:
+        raise ConfigError(f"{len(questions)} examples are too few to search and to test on; give at least 8.")
+    return questions
+
+
+def _tried(state: Unfinished, every: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """What an interrupted search found about the first of `every` head. Raises ConfigError."""
+    part = state.load()
+    if part is None:
+        return []
+    with state.fitting():
+        tried = part[0]["heads"]
+        if [[t["layer"], t["head"]] for t in tried] != list(every[: state.done]):
+            raise ValueError("other heads")
+        for t in tried:
+            float(t["accuracy"]), float(t["log_likelihood"])
+    return list(tried)
 
 
 def _held_out(q: Questions, rows: Tensor, before: Answers, after: dict[str, Answers]) -> dict[str, Any]:
@@ -151,6 +188,7 @@ def act(
     batch: Batch = 32,
     dtype: Dtype = "auto",
     device: Device = None,
+    fresh: Fresh = False,
 ) -> None:
     """Find the heads of `act`, one forward pass over the examples per head; prints held-out results and controls."""
     from hfpatch.evals.run.models import load_model
@@ -159,14 +197,15 @@ def act(
 
     quieten()
     config = ACTConfig(beta=beta, layers=layers)
-    with own_folder(out, (CONFIG_FILE, SWEEP_FILE)):
+    with calibration_folder(out, (CONFIG_FILE, SWEEP_FILE)):
         loaded = load_model(model, dtype, device)
         found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
         patched_layers = sum(what == "act" for _, what in plan_patch(loaded.model, [config]))
         with progress("heads", patched_layers * (query_heads(loaded.model) or 0) + 4) as step:
             result = calibrate_act(
-                loaded.model, loaded.tokenizer, found, config, rule=rule, seed=seed, batch=batch, advance=step
-            )
+                loaded.model, loaded.tokenizer, found, config, rule=rule, seed=seed, batch=batch, out=out,
+                resume=not fresh, advance=step,
+            )  # fmt: skip
         result.save(out)
     for line in summary(result):
         console.print(line)

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..text.labelled import TASKS
 from ..text.prompt_ids import prompt_ids
 from .fewshot import PLAIN, TABLES, fewshot_prompts, file_rows, task_prompts
 from .prefix import grouped, last_logits
+from .unfinished import data_mark
 
 RENAMED = {"animal": "river", "plant": "lemon", "tool": "tiger", "place": "hammer"}
 _LABEL = re.compile(r"Topic: (\w+)\.")
@@ -181,6 +182,11 @@ class Questions:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def mark(self) -> str:
+        """A digest of all examples and their tokens."""
+        tensors = [t for g in self.groups for b in g.batches for t in (g.prefix, b.rows, b.ids, b.ends)]
+        return data_mark(tensors, [astuple(e) for e in self.examples])
 
     def check(self, model: Any) -> None:
         """Raise ConfigError at a prompt for which the model has no positions, or that has no token."""

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,22 @@ from ..config.patch_config import CONFIG_FILE, TENSOR_FILE, PatchConfig
 from ..core.call import AttentionCall
 from ..core.reweight import initial_weight
 from ..errors import ConfigError
-from ..files.output import own_folder, write_json
+from ..files.output import write_json
 from ..methods.gated.method import Gated, GatedConfig
 from .intervals import paired
+from .options import Fresh
+from .unfinished import (
+    Part,
+    Unfinished,
+    calibration_folder,
+    data_mark,
+    finish,
+    model_mark,
+    optimizer_tensors,
+    restore_optimizer,
+    under,
+    with_prefix,
+)
 
 RESULT_FILE = "calibration.json"
 
@@ -67,11 +81,13 @@ def calibrate_gated(
     recipe: GateRecipe | None = None,
     *,
     layers: int | str | list[int] | None = None,
+    resume: bool = True,
     advance: Callable[[], None] | None = None,
 ) -> GateResult:
     """Train gates from the identity with the model frozen, and write them to `out` as a patch that can be loaded.
 
-    Experimental: in the paper (arXiv 2505.06708) gates are trained with the model from scratch. Raises ConfigError.
+    Continues an interrupted run of the same model, texts and recipe when `resume`. Experimental: in the paper (arXiv
+    2505.06708) gates are trained with the model from scratch. Raises ConfigError.
     """
     r = recipe or GateRecipe()
     device = next(model.parameters()).device
@@ -82,12 +98,14 @@ def calibrate_gated(
     if not training:
         raise ConfigError(f"{len(samples)} of the texts have 32 tokens or more; give at least two.")
     config = GatedConfig(form="double", granularity=r.granularity, layers=layers)
+    run = {"calibration": "gated", "recipe": asdict(r), "layers": layers, "model": model_mark(model)}
+    kept = Unfinished(out, {**run, "texts": data_mark(samples)}, "steps", r.steps)
     frozen = {p: p.requires_grad for p in model.parameters()}
     try:
         for p in frozen:
             p.requires_grad_(False)
         with patched(model, config) as patch:
-            _train(model, patch, training, r, advance or (lambda: None))
+            _train(model, patch, training, r, kept, resume, advance or (lambda: None))
             tensors = {k: t.detach() for k, t in patch.config.tensors.items()}
     finally:
         for p, wanted in frozen.items():
@@ -97,6 +115,7 @@ def calibrate_gated(
     result = _measure(model, saved, held_out, r, len(samples))
     saved.save_pretrained(out)
     write_json(Path(out) / RESULT_FILE, asdict(result))
+    finish(Path(out))
     return result
 
 
@@ -134,30 +153,51 @@ class _Watched:
         self.sinks.append((share.mean(), (share * per_head).mean()))
 
 
-def _train(model: nn.Module, patch: Patch, samples: list[Tensor], r: GateRecipe, advance: Callable[[], None]) -> None:
+def _train(
+    model: nn.Module,
+    patch: Patch,
+    samples: list[Tensor],
+    r: GateRecipe,
+    kept: Unfinished,
+    resume: bool,
+    advance: Callable[[], None],
+) -> None:
     method = _gated(patch)
     with torch.no_grad():
         model(samples[0], use_cache=False)
-    weights = list(method.tensors().values())
-    optimizer = torch.optim.Adam([w.requires_grad_() for w in weights], lr=r.rate)
-    seen = _Watched(method)
-    drawn = _endless(samples, r.seed)
-    for step in range(r.steps):
-        ids = next(drawn)
-        for group in optimizer.param_groups:
-            group["lr"] = r.rate * (1 - step / r.steps)
-        with patched(model, "dense"), torch.no_grad():
-            want = model(ids, use_cache=False).logits.float()
-        method.watch = seen.for_training
-        got = model(ids, use_cache=False).logits.float()
-        method.watch = None
-        loss = divergence(want, got).mean() + r.sparsity * torch.stack(seen.gates).mean()
-        seen.gates.clear()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    weights = method.tensors()
+    optimizer = torch.optim.Adam([w.requires_grad_() for w in weights.values()], lr=r.rate)
+    if resume and (found := kept.load()):
+        with kept.fitting(), torch.no_grad():
+            for name, w in weights.items():
+                w.copy_(found[1][f"gate.{name}"])
+            restore_optimizer(optimizer, under("optimizer.", found[1]))
+    for _ in range(kept.done):
         advance()
-    for w in weights:
+
+    def part() -> Part:
+        return {}, {**with_prefix("gate.", weights), **with_prefix("optimizer.", optimizer_tensors(optimizer))}
+
+    seen = _Watched(method)
+    with kept.keeping(part):
+        for step, ids in enumerate(islice(_endless(samples, r.seed), r.steps)):
+            if step < kept.done:
+                continue
+            for group in optimizer.param_groups:
+                group["lr"] = r.rate * (1 - step / r.steps)
+            with patched(model, "dense"), torch.no_grad():
+                want = model(ids, use_cache=False).logits.float()
+            method.watch = seen.for_training
+            got = model(ids, use_cache=False).logits.float()
+            method.watch = None
+            loss = divergence(want, got).mean() + r.sparsity * torch.stack(seen.gates).mean()
+            seen.gates.clear()
+            optimizer.zero_grad()
+            loss.backward()
+            with kept.step():
+                optimizer.step()
+            advance()
+    for w in weights.values():
         w.requires_grad_(False)
 
 
@@ -230,6 +270,7 @@ def gated(
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Annotated[int, number("Seed of texts and order.", 0, LAST_SEED)] = 0,
+    fresh: Fresh = False,
 ) -> None:
     """Experimental: train gates on a frozen model; prints held-out KL and attention to the initial token."""
     from hfpatch.evals.run.models import check_length, load_model
@@ -239,14 +280,14 @@ def gated(
     quieten()
     recipe = GateRecipe(granularity, steps, length, rate, sparsity, seed=seed)
     GatedConfig(form="double", granularity=granularity, layers=layers)  # refuses before anything is loaded
-    with own_folder(out, (CONFIG_FILE, TENSOR_FILE, RESULT_FILE)):
+    with calibration_folder(out, (CONFIG_FILE, TENSOR_FILE, RESULT_FILE)):
         loaded = load_model(model, dtype, device)
         check_length(loaded, length)
         drawn = running_texts(text, texts, length, loaded.tokenizer, seed)
         with progress("gates", steps) as advance:
             result = calibrate_gated(
-                loaded.model, loaded.tokenizer, drawn, out, recipe, layers=layers, advance=advance
-            )  # fmt: skip
+                loaded.model, loaded.tokenizer, drawn, out, recipe, layers=layers, resume=not fresh, advance=advance
+            )
     console.print(str(result))
     console.print(f"written to {out}; use it with --patch {out}")
 

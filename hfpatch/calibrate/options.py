@@ -1,4 +1,4 @@
-"""Command line options of the calibrations that search on a classification task."""
+"""Command line options that several calibrations share."""
 
 from typing import Annotated
 
@@ -15,3 +15,4 @@ Count = Annotated[int, number("Examples to use; half are held out.", 8)]
 Shots = Annotated[int, number("Labelled texts per prompt of the embedded task.", 0, 100)]
 Renamed = Annotated[bool, typer.Option("--renamed", help="Embedded task with topics called by other words.")]
 Batch = Annotated[int, number("Prompts per forward pass.", 1)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew instead of continuing a run in the folder.")]

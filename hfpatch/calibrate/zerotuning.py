@@ -11,21 +11,21 @@ import transformers
 import typer
 from torch import Tensor, nn
 
-from ..api import patched
 from ..cli.options import Device, Dtype, Model, number
 from ..config.patch_config import PatchConfig
 from ..errors import ConfigError
-from ..files.output import own_folder, write_json
+from ..files.output import write_json
 from ..methods.zerotuning import LEAST, MOST, ZeroTuningConfig
 from ..runtime.model_facts import query_heads
 from ..version import __version__
+from .asked import EXAMPLES, Asked
 from .classification import Answers, Example, Questions, Source, measures, supervised
-from .options import Answer, Batch, Count, Data, Names, Prompt, Renamed, Shots, Split
-from .zerotuning_report import held_out, on_fresh, summary
+from .options import Answer, Batch, Count, Data, Fresh, Names, Prompt, Renamed, Shots, Split
+from .unfinished import calibration_folder, finish
+from .zerotuning_report import BLANKS, UNSEEN, held_out, on_unseen, summary
 
 SWEEP_FILE = "calibration.json"
 OBJECTIVES = ("accuracy", "entropy")
-Setting = tuple[float, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Calibration:
     outcomes: list[Outcome]
     sweep: list[dict[str, Any]]
     model: str | None
-    fresh: list[dict[str, Any]] = field(default_factory=list)
+    unseen: list[dict[str, Any]] = field(default_factory=list)
 
     def chosen(self, objective: str) -> Outcome:
         """The outcome of the first seed."""
@@ -91,40 +91,14 @@ class Calibration:
         write_json(out / SWEEP_FILE, {"versions": versions, **asdict(self)})
         for objective in dict.fromkeys(o.objective for o in self.outcomes):
             self.config(objective).save_pretrained(out / objective)
+        finish(out)
 
 
-class Runs:
-    """The model's answers to all questions under each setting, asked once."""
-
-    def __init__(self, model: nn.Module, questions: Questions, search: Search, advance: Callable[[], None]) -> None:
-        self.model, self.questions, self.search, self.advance = model, questions, search, advance
-        self.done: dict[Setting, Answers] = {}
-        self.steps = 0
-
-    def step(self, upto: int | None = None) -> None:
-        """Advance by one, or to so many."""
-        for _ in range(1 if upto is None else upto - self.steps):
-            self.steps += 1
-            self.advance()
-
-    def __call__(self, gamma: float = 1.0, heads: Sequence[int] = ()) -> Answers:
-        key: Setting = (1.0, ()) if gamma == 1 or not heads else (gamma, tuple(sorted(heads)))
-        if key not in self.done:
-            if key[1]:
-                config = ZeroTuningConfig(gamma=gamma, heads=list(key[1]), layers=self.search.layers)
-                with patched(self.model, config):
-                    self.done[key] = self.questions.ask(self.model)
-            else:
-                self.done[key] = self.questions.ask(self.model)
-            self.step()
-        return self.done[key]
-
-
-def most_settings(search: Search, heads: int, searches: int, fresh: bool = False) -> int:
+def most_settings(search: Search, heads: int, searches: int, unseen: bool = False) -> int:
     """Settings that so many searches, one per objective and seed, try at most: the steps of a calibration."""
     grid = max(sum(g > 1 for g in search.gammas), sum(g < 1 for g in search.gammas))
     steps = 1 + 2 * heads + searches * (grid + search.random_draws)
-    return steps + (len(search.gammas) + 2 * (2 + searches + search.random_draws) if fresh else 0)
+    return steps + (len(search.gammas) + 2 * (2 + searches + search.random_draws) if unseen else 0)
 
 
 def calibrate_zerotuning(
@@ -133,8 +107,10 @@ def calibrate_zerotuning(
     examples: Sequence[Example],
     search: Search | None = None,
     *,
-    fresh: Sequence[Example] = (),
+    unseen: Sequence[Example] = (),
     batch: int = 32,
+    out: str | Path | None = None,
+    resume: bool = True,
     advance: Callable[[], None] | None = None,
 ) -> Calibration:
     """Profile every query head, keep the best of the dominant kind, and search one factor for them.
@@ -142,8 +118,9 @@ def calibrate_zerotuning(
     ZeroTuning, arXiv 2505.11739. Supervised by accuracy where the examples carry answers, and unsupervised by mean
     next-token entropy. Each seed splits the examples into a part to search on and a held-out part to report on; the
     paper has one seed, and its unsupervised mode looks at the test inputs. Ties in accuracy, which the paper leaves
-    open, go by the right label's log-probability. With `fresh` examples the search sees all others at once, and the
-    report is about the fresh ones. Raises ConfigError.
+    open, go by the right label's log-probability. With `unseen` examples the search sees all others at once, and the
+    report is about the unseen ones. In the folder `out` an interrupted search leaves the answers it has until `save`,
+    and goes on from there when `resume`. Raises ConfigError.
     """
     s = search or Search()
     questions = Questions(tokenizer, examples, batch, share=True)
@@ -153,43 +130,59 @@ def calibrate_zerotuning(
         raise ConfigError("The model's config does not tell its number of query heads.")
     if len(questions) < 8:
         raise ConfigError(f"{len(questions)} examples are too few to search and to test on; give at least 8.")
-    runs = Runs(model, questions, s, advance or (lambda: None))
-    asked = [Runs(model, q, s, runs.step) for q in _fresh(model, tokenizer, questions, fresh, batch)]
-    outcomes = []
-    for objective in OBJECTIVES if questions.supervised else OBJECTIVES[1:]:
-        for seed in s.seeds[: 1 if fresh else None]:
-            rows = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
-            kept = max(4, round(len(questions) * s.held_out))
-            outcome = _search(runs, objective, seed, rows if fresh else rows[kept:], heads)
-            outcome.held_out = {} if fresh else held_out(runs, outcome, rows[:kept], rows[kept:], heads)
-            outcomes.append(outcome)
-            runs.step(upto=most_settings(s, heads, len(outcomes)))
-    told = on_fresh(runs, asked[0], asked[1] if len(asked) > 1 else None, outcomes, heads) if asked else []
-    if asked:
-        runs.step(upto=most_settings(s, heads, len(outcomes), fresh=True))
+    searches = _searches(s, questions.supervised, bool(unseen))
+    run, most = {"search": asdict(s), "batch": batch}, most_settings(s, heads, len(searches), bool(unseen))
+    every = {EXAMPLES: questions, **_unseen(model, tokenizer, questions, unseen, batch)}
+    runs = Asked(model, every, s.layers, run, most, out, advance)
+    if resume:
+        runs.resume()
+    with runs.kept.keeping(runs.part):
+        outcomes = _outcomes(runs, s, searches, heads)
+        told = on_unseen(runs, s, outcomes, heads) if unseen else []
+        runs.step(upto=most)
     everything = torch.arange(len(questions))
-    sweep = [{"gamma": g, "heads": list(h), **measures(questions, a, everything)} for (g, h), a in runs.done.items()]
+    sweep = [
+        {"gamma": g, "heads": list(h), **measures(questions, a, everything)} for (g, h), a in runs.settings().items()
+    ]
     name = getattr(getattr(model, "config", None), "name_or_path", None) or None
     return Calibration(s, len(questions), outcomes, sweep, name, told)
 
 
-def _fresh(
-    model: nn.Module, tokenizer: Any, known: Questions, fresh: Sequence[Example], batch: int
-) -> list[Questions]:
-    """The fresh examples' questions and, if all have blanks, those. Raises ConfigError."""
-    if not fresh:
-        return []
-    questions = [Questions(tokenizer, fresh, batch, share=True)]
-    if all(e.blanks for e in fresh):
-        blanks = {b: Example(b, tuple(known.names)) for e in fresh for b in e.blanks}
-        questions.append(Questions(tokenizer, list(blanks.values()), batch, share=True))
-    if not known.supervised or not questions[0].supervised:
-        raise ConfigError("Every example needs an 'answer' that is one of its 'labels', where --fresh asks for more.")
-    if any(q.names != known.names for q in questions):
-        raise ConfigError("The fresh examples have other labels than those to search on; raise --examples.")
-    for q in questions:
+def _searches(s: Search, answers: bool, unseen: bool) -> list[tuple[str, int]]:
+    """Objective and seed of every search: unseen examples make a split, and so a second seed, needless."""
+    seeds = s.seeds[:1] if unseen else s.seeds
+    return [(objective, seed) for objective in (OBJECTIVES if answers else OBJECTIVES[1:]) for seed in seeds]
+
+
+def _unseen(
+    model: nn.Module, tokenizer: Any, known: Questions, unseen: Sequence[Example], batch: int
+) -> dict[str, Questions]:
+    """The unseen examples' questions and, if all have blanks, those. Raises ConfigError."""
+    if not unseen:
+        return {}
+    questions = {UNSEEN: Questions(tokenizer, unseen, batch, share=True)}
+    if all(e.blanks for e in unseen):
+        blanks = {b: Example(b, tuple(known.names)) for e in unseen for b in e.blanks}
+        questions[BLANKS] = Questions(tokenizer, list(blanks.values()), batch, share=True)
+    if not known.supervised or not questions[UNSEEN].supervised:
+        raise ConfigError("Every example needs an 'answer' that is one of its 'labels', where --unseen asks for more.")
+    if any(q.names != known.names for q in questions.values()):
+        raise ConfigError("The unseen examples have other labels than those to search on; raise --examples.")
+    for q in questions.values():
         q.check(model)
     return questions
+
+
+def _outcomes(runs: Asked, s: Search, searches: Sequence[tuple[str, int]], heads: int) -> list[Outcome]:
+    outcomes, count, unseen = [], len(runs.questions[EXAMPLES]), UNSEEN in runs.questions
+    for objective, seed in searches:
+        rows = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        kept = max(4, round(count * s.held_out))
+        outcome = _search(runs, s, objective, seed, rows if unseen else rows[kept:], heads)
+        outcome.held_out = {} if unseen else held_out(runs, s, outcome, rows[:kept], rows[kept:], heads)
+        outcomes.append(outcome)
+        runs.step(upto=most_settings(s, heads, len(outcomes)))
+    return outcomes
 
 
 def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[float, ...]:
@@ -197,8 +190,8 @@ def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[floa
     return (found["accuracy"], found["log_likelihood"]) if objective == "accuracy" else (-found["entropy"],)
 
 
-def _search(runs: Runs, objective: str, seed: int, rows: Tensor, heads: int) -> Outcome:
-    s, q = runs.search, runs.questions
+def _search(runs: Asked, s: Search, objective: str, seed: int, rows: Tensor, heads: int) -> Outcome:
+    q = runs.questions[EXAMPLES]
 
     def score(gamma: float = 1.0, some: Sequence[int] = ()) -> tuple[float, ...]:
         return _score(q, runs(gamma, some), rows, objective)
@@ -244,7 +237,7 @@ def zerotuning(
     answer: Answer = "label",
     names: Names = "",
     examples: Count = 400,
-    fresh: Annotated[int, number("Further examples to report on; all others are searched.", 0)] = 0,
+    unseen: Annotated[int, number("Further examples to report on; all others are searched.", 0)] = 0,
     shots: Shots = 6,
     renamed: Renamed = False,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to tune; all by default.")] = None,
@@ -253,6 +246,7 @@ def zerotuning(
     batch: Batch = 32,
     dtype: Dtype = "auto",
     device: Device = None,
+    fresh: Fresh = False,
 ) -> None:
     """Find heads and factor of `zerotuning`, by accuracy and by entropy; prints held-out results and controls."""
     from hfpatch.evals.run.models import load_model
@@ -262,16 +256,17 @@ def zerotuning(
     quieten()
     tried = factors(gammas) if gammas else Search.gammas
     search = Search(seeds=tuple(range(seeds)), layers=layers, gammas=tried)
-    with own_folder(out, (SWEEP_FILE,)):
+    with calibration_folder(out, (SWEEP_FILE,)):
         loaded = load_model(model, dtype, device)
-        every = Source(data, split, prompt, answer, names, shots, renamed).load(examples + fresh)
+        every = Source(data, split, prompt, answer, names, shots, renamed).load(examples + unseen)
         found, more = every[:examples], every[examples:]
-        searches = len(OBJECTIVES if supervised(found) else OBJECTIVES[1:]) * (1 if more else len(search.seeds))
+        searches = len(_searches(search, supervised(found), bool(more)))
         steps = most_settings(search, query_heads(loaded.model) or 0, searches, bool(more))
         with progress("settings", steps) as advance:
             result = calibrate_zerotuning(
-                loaded.model, loaded.tokenizer, found, search, fresh=more, batch=batch, advance=advance
-            )
+                loaded.model, loaded.tokenizer, found, search, unseen=more, batch=batch, out=out, resume=not fresh,
+                advance=advance,
+            )  # fmt: skip
         result.save(out)
     for line in summary(result):
         console.print(line)

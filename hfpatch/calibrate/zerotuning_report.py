@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .asked import EXAMPLES, Asked
 from .classification import Answers, Questions, measures
 from .intervals import bootstrap, paired, wilson
 
 if TYPE_CHECKING:
-    from .zerotuning import Calibration, Outcome, Runs
+    from .zerotuning import Calibration, Outcome, Search
+
+UNSEEN, BLANKS = "unseen", "blanks"  # examples to report on only, and their prompts with texts that mean nothing
 
 
-def held_out(runs: "Runs", o: "Outcome", rows: Tensor, searched: Tensor, heads: int) -> dict[str, Any]:
+def held_out(runs: Asked, s: "Search", o: "Outcome", rows: Tensor, searched: Tensor, heads: int) -> dict[str, Any]:
     """Held-out measures before and after, the paired differences, and the controls."""
-    q, before, after = runs.questions, runs(), runs(o.gamma, o.heads)
+    q, before, after = runs.questions[EXAMPLES], runs(), runs(o.gamma, o.heads)
     out: dict[str, Any] = {"n": len(rows), "before": measures(q, before, rows), "after": measures(q, after, rows)}
     change = paired(after.entropy[rows], before.entropy[rows])
     out["entropy_change"] = change
@@ -29,7 +32,7 @@ def held_out(runs: "Runs", o: "Outcome", rows: Tensor, searched: Tensor, heads: 
         out[name]["prior_corrected_interval"] = wilson(corrected)
     out["accuracy_change"] = paired(q.right_now(after)[rows], q.right_now(before)[rows])
     if o.heads:
-        drawn = _random_heads(o, heads, runs.search.random_draws)
+        drawn = _random_heads(o, heads, s.random_draws)
         out["random_heads"] = [{"heads": d, **measures(q, runs(o.gamma, d), rows)} for d in drawn]
     return out
 
@@ -40,29 +43,26 @@ def _random_heads(o: "Outcome", heads: int, draws: int) -> list[list[int]]:
     return list({tuple(t): t for t in tries if t != o.heads}.values())[:draws]
 
 
-def on_fresh(
-    searched: "Runs", fresh: "Runs", blank: "Runs | None", outcomes: Sequence["Outcome"], heads: int
-) -> list[dict[str, Any]]:
-    """Fresh examples under dense attention, one factor for all heads, what was chosen, and random heads.
+def on_unseen(runs: Asked, s: "Search", outcomes: Sequence["Outcome"], heads: int) -> list[dict[str, Any]]:
+    """Unseen examples under dense attention, one factor for all heads, what was chosen, and random heads.
 
-    `blank` answers the fresh prompts' `blanks`. The factor for all heads is searched where the others were. Priors are
-    those of the same setting: `mean_corrected` by the searched examples (answers unseen), `content_free` by the
-    blanks (arXiv 2102.09690). Differences are to dense attention, paired.
+    The factor for all heads is searched where the others were. Priors are those of the same setting: `mean_corrected`
+    by the searched examples without their answers, `content_free` by the unseen prompts' blanks, if they have some
+    (arXiv 2102.09690). Differences are to dense attention, paired.
     """
-    q = fresh.questions
-    variants = _variants(searched, outcomes, heads)
+    q, known, blanks = runs.questions[UNSEEN], runs.questions[EXAMPLES], runs.questions.get(BLANKS)
     rows: list[dict[str, Any]] = []
     base: dict[str, Tensor] = {}
-    for name, (gamma, some) in variants.items():
-        a, before = fresh(gamma, some), searched(gamma, some)
+    for name, (gamma, some) in _variants(runs, s, outcomes, heads).items():
+        a, before = runs(gamma, some, UNSEEN), runs(gamma, some)
         right = {
             "accuracy": q.right_now(a),
             "valid": q.valid(a),
             "among_labels": q.right_among_labels(a),
-            "mean_corrected": q.right_among_labels(a, searched.questions.prior(before, _all(searched.questions))),
+            "mean_corrected": q.right_among_labels(a, known.prior(before, _all(known))),
         }
-        if blank is not None:
-            right["content_free"] = q.right_among_labels(a, blank_prior(q, blank.questions, blank(gamma, some)))
+        if blanks is not None:
+            right["content_free"] = q.right_among_labels(a, blank_prior(q, blanks, runs(gamma, some, BLANKS)))
         base = base or right
         row = {"name": name, "gamma": gamma, "heads": list(some), "n": len(q), **measures(q, a, _all(q))}
         for what, hits in right.items():
@@ -70,25 +70,27 @@ def on_fresh(
             row[f"{what}_interval"] = wilson(hits)
             row[f"{what}_change"] = paired(hits, base[what])
         row["change_by"] = change_by(base["accuracy"], base["valid"], right["accuracy"], right["valid"])
-        corrected = "content_free" if blank is not None else "mean_corrected"
+        corrected = "content_free" if blanks is not None else "mean_corrected"
         row["accuracy_over_corrected_dense"] = paired(right["accuracy"], base[corrected])
         rows.append(row)
     return rows
 
 
-def _variants(runs: "Runs", outcomes: Sequence["Outcome"], heads: int) -> dict[str, tuple[float, tuple[int, ...]]]:
-    every, q = tuple(range(heads)), runs.questions
+def _variants(
+    runs: Asked, s: "Search", outcomes: Sequence["Outcome"], heads: int
+) -> dict[str, tuple[float, tuple[int, ...]]]:
+    every, q = tuple(range(heads)), runs.questions[EXAMPLES]
 
     def score(gamma: float) -> tuple[float, float]:
         found = measures(q, runs(gamma, every), _all(q))
         return found["accuracy"], found["log_likelihood"]
 
-    found = {"dense": (1.0, ()), "all heads": (max(runs.search.gammas, key=score), every)}
+    found = {"dense": (1.0, ()), "all heads": (max(s.gammas, key=score), every)}
     for o in outcomes:
         found[o.objective] = (o.gamma, tuple(o.heads))
     first = next(iter(outcomes), None)
     if first is not None and first.heads:
-        for n, some in enumerate(_random_heads(first, heads, runs.search.random_draws)):
+        for n, some in enumerate(_random_heads(first, heads, s.random_draws)):
             found[f"random heads {n}"] = (first.gamma, tuple(some))
     return found
 
@@ -123,8 +125,8 @@ def change_by(right0: Tensor, valid0: Tensor, right1: Tensor, valid1: Tensor) ->
 
 
 def summary(c: "Calibration") -> list[str]:
-    """One line per objective and seed and one per setting on fresh examples, for people."""
-    return [*([] if c.fresh else [_told(o) for o in c.outcomes]), *_told_fresh(c)]
+    """One line per objective and seed and one per setting on unseen examples, for people."""
+    return [*([] if c.unseen else [_told(o) for o in c.outcomes]), *_told_unseen(c)]
 
 
 def _told(o: "Outcome") -> str:
@@ -148,13 +150,13 @@ def _what(o: "Outcome") -> str:
     return what
 
 
-def _told_fresh(c: "Calibration") -> list[str]:
-    lines = [f"{o.objective}: {_what(o)}" for o in c.outcomes] if c.fresh else []
-    for row in c.fresh:
+def _told_unseen(c: "Calibration") -> list[str]:
+    lines = [f"{o.objective}: {_what(o)}" for o in c.outcomes] if c.unseen else []
+    for row in c.unseen:
         of_valid = row["accuracy_of_valid"]
         corrected = "content_free" if "content_free" in row else "mean_corrected"
         mean, low, high = row["accuracy_change"]
-        change = f" ({mean:+.3f}, 95 % {low:+.3f} to {high:+.3f})" if row is not c.fresh[0] else ""
+        change = f" ({mean:+.3f}, 95 % {low:+.3f} to {high:+.3f})" if row is not c.unseen[0] else ""
         lines.append(
             f"{row['name']}: accuracy {row['accuracy']:.3f}{change} of {row['n']}, valid {row['valid']:.3f}, "
             f"accuracy of valid {'-' if of_valid is None else f'{of_valid:.3f}'}, prior-corrected {row[corrected]:.3f}"

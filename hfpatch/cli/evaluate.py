@@ -87,6 +87,10 @@ def niah(
     needle: Annotated[
         str | None, typer.Option(help="grammar, words or cities; grammar for the embedded model, else words.")
     ] = None,
+    together: Annotated[
+        bool,
+        typer.Option("--together", help="All depths in one haystack, prefilled once: far less to compute."),
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,
@@ -100,7 +104,7 @@ def niah(
         raise ConfigError(f"--needle {needle!r:.40} is not one of {', '.join(STYLES)}.")
     job = NiahJob(
         numbers(lengths, "lengths", low=32), numbers(depths, "depths", low=0, high=100), samples, haystack, batch_size,
-        chat, needle,
+        chat, needle, together=together,
     )  # fmt: skip
     execute_and_show(
         Run("niah", model, _variants(patch, set, patch_args), [job], dtype, device, seed), out, fresh=True

@@ -80,13 +80,13 @@ class Moments:
         if n < 2:
             return Estimate(min(mean, most), math.nan, math.nan, n)
         spread = max(self.wwxx - 2 * mean * self.wwx + mean**2 * self.ww, 0.0)
-        half = _student(n - 1) * math.sqrt(spread * n / (n - 1)) / self.w
+        half = student(n - 1) * math.sqrt(spread * n / (n - 1)) / self.w
         mean = min(mean, most)
         return Estimate(mean, max(mean - half, 0.0), min(mean + half, most), n)
 
 
-def _student(df: int) -> float:
-    """Student's t at 97.5 %."""
+def student(df: int) -> float:
+    """Student's t at 97.5 % for so many degrees of freedom."""
     if df <= len(FEW):
         return FEW[df - 1]
     return Z + (Z**3 + Z) / (4 * df) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * df**2)

@@ -39,7 +39,7 @@ class BlockSelector(Method[B]):
 
     @torch.no_grad()
     def select(self, call: AttentionCall) -> Selection | None:
-        asking = self.config.question_tokens if call.phase != "decode" else 0
+        asking = call.asking(self.config.question_tokens)
         if self.too_short(call) or asking >= call.Lq:
             return None
         part = call.first(call.Lq - asking) if asking else call

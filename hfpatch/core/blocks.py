@@ -63,16 +63,49 @@ class Grid:
         """Bool `[nQ, nK]`: every query of the tile sees every key of the block."""
         return (self.blocks + 1) * self.block_k <= self.first[:, None] + 1
 
-    def forced(self, sink: int, window: int) -> Tensor:
-        """Bool `[nQ, nK]`: the first `sink` blocks, the last `window` blocks and all partly visible ones."""
-        recent = self.blocks > (self.last // self.block_k - window)[:, None]
-        return self.visible & ((self.blocks < sink) | recent | ~self.past)
+    @cached_property
+    def before(self) -> Tensor:
+        """Blocks `[nQ]` before those that hold keys of the tile's own tokens."""
+        return self.first // self.block_k
 
-    def budget(self, budget: int | float) -> Tensor:
-        """Blocks `[nQ]` that hold `budget` tokens, or this share of the keys visible to the tile's last query."""
+    @cached_property
+    def own(self) -> Tensor:
+        """Blocks `[nQ]` that hold keys of the tile's own tokens; no budget takes them away."""
+        return self.last // self.block_k + 1 - self.before
+
+    def forced(self, sink: int, window: int, budget: Tensor | None = None) -> Tensor:
+        """Bool `[nQ, nK]`: the first `sink` blocks, the last `window` blocks and the tile's own.
+
+        Of a `budget [nQ]`, sink and window take at most half of what its own blocks leave, so that there is something
+        to choose: the sink comes first, then the latest of the window.
+        """
+        first, recent = self.blocks < sink, self.blocks > (self.last // self.block_k - window)[:, None]
+        if budget is not None:
+            room = ((budget - self.own).clamp(min=0) + 1) // 2
+            first = first & (self.blocks < room[:, None])
+            recent = recent & (self.blocks >= (self.before - room + room.clamp(max=sink))[:, None])
+        return self.visible & (first | recent | (self.blocks >= self.before[:, None]))
+
+    def budget(self, budget: int | float, floor: int = 0) -> Tensor:
+        """Blocks `[nQ]` of a budget as `config/common.py` defines it, the tile's own among them.
+
+        Tokens: no query of the tile gets more. A share: of all (query, key) pairs that the tile can see, to the
+        nearest block, and every query gets `floor` keys at least.
+        """
+        before = self.before * self.block_k
         if isinstance(budget, int):
-            return torch.full_like(self.last, -(-budget // self.block_k))
-        return ((self.last + 1) * budget / self.block_k).ceil().long()
+            spare = (budget - (self.last + 1 - before)) // self.block_k
+        else:
+            mean = (self.first + self.last) / 2 + 1  # keys that the tile's queries see
+            spare = ((budget * mean - (mean - before)) / self.block_k).round().long()
+        least = self.least(floor) if floor and not isinstance(budget, int) else self.own
+        return torch.maximum(self.own + spare.clamp(min=0), least)
+
+    def least(self, floor: int) -> Tensor:
+        """Blocks `[nQ]` with which every query of a tile sees `floor` keys, or all that there are."""
+        short = floor - (self.first + 1 - self.before * self.block_k)
+        spare = -(-short // self.block_k)
+        return torch.minimum(self.own + spare.clamp(min=0), self.visible.sum(-1))
 
 
 def top_blocks(grid: Grid, score: Tensor, forced: Tensor, budget: Tensor) -> BlockMap:
@@ -91,31 +124,30 @@ def kept_blocks(grid: Grid, keep: Tensor) -> BlockMap:
     return BlockMap(order.topk(int(counts.max()), dim=-1).indices, counts, grid.block_q, grid.block_k)
 
 
-def within_budget(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: int | float | None) -> BlockMap:
-    """Blocks `forced [nQ, nK]` or `keep [B|1, H, nQ, nK]`; past the budget, kept ones with the lowest scores go."""
+def within_budget(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: Tensor | None) -> BlockMap:
+    """Blocks `forced [nQ, nK]` or `keep [B|1, H, nQ, nK]`; past `budget [nQ]`, kept ones with the lowest scores go."""
     keep = (keep | forced) & grid.visible
     if budget is None:
         return kept_blocks(grid, keep)
-    best = top_blocks(grid, score.masked_fill(~keep, -torch.inf), forced, grid.budget(budget))
+    best = top_blocks(grid, score.masked_fill(~keep, -torch.inf), forced, budget)
     return BlockMap(best.indices, torch.minimum(best.counts, keep.sum(-1)), grid.block_q, grid.block_k)
 
 
 def top_p_blocks(
-    grid: Grid, mass: Tensor, forced: Tensor, p: float, floor: int = 0, budget: int | float | None = None
+    grid: Grid, mass: Tensor, forced: Tensor, p: float, floor: int = 0, budget: Tensor | None = None
 ) -> BlockMap:
-    """The forced blocks, then the best by `mass [B, H, nQ, nK]` until all kept hold `p` of it.
+    """Blocks `forced [nQ, nK]`, then the best by `mass [B, H, nQ, nK]` until all kept hold `p` of it.
 
-    At least `floor` tokens are kept, and at most `budget` (tokens or a share of the visible keys), which gives way to
-    the floor and to `forced [nQ, nK]`.
+    Every query keeps `floor` keys at least; at most `budget [nQ]` blocks, floor included.
     """
     ranked = mass.masked_fill(forced, torch.inf).masked_fill(~grid.visible, -torch.inf)
     order = ranked.argsort(dim=-1, descending=True)  # [B, H, nQ, nK]
     mass = mass.masked_fill(~grid.visible, 0.0).gather(-1, order)
     counts = (mass.cumsum(-1) - mass < p * mass.sum(-1, keepdim=True)).sum(-1) if p < 1 else grid.visible.sum(-1)
-    least = torch.maximum(forced.sum(-1), grid.budget(floor))
+    counts = torch.maximum(counts, torch.maximum(forced.sum(-1), grid.least(floor)))
     if budget is not None:
-        counts = torch.minimum(counts, grid.budget(budget))
-    counts = torch.minimum(torch.maximum(counts, least), grid.visible.sum(-1)).expand(*order.shape[:3])
+        counts = torch.minimum(counts, budget)
+    counts = torch.minimum(counts, grid.visible.sum(-1)).expand(*order.shape[:3])
     return BlockMap(order[..., : int(counts.max())], counts, grid.block_q, grid.block_k)
 
 

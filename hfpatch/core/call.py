@@ -115,6 +115,10 @@ class AttentionCall:
         """Key positions `[Lk]`."""
         return torch.arange(self.Lk, device=self.q.device)
 
+    def asking(self, question_tokens: int) -> int:
+        """The call's queries in a question of so many tokens, which ends it; none in a decode step."""
+        return 0 if self.phase == "decode" else min(question_tokens, self.Lq)
+
     def first(self, count: int) -> "AttentionCall":
         """The same call for its first `count` queries and the keys up to the last of them."""
         stop = self.off + count

@@ -24,7 +24,18 @@ def logits(q: Tensor, k: Tensor, *, scale: float, softcap: float | None = None, 
     """
     (b, hq, rows, _), (_, hkv, keys, _) = q.shape, k.shape
     grouped = (scale * q).unflatten(1, (hkv, -1)).flatten(2, 3)  # [B, Hkv, G R, D]
-    return biased(capped((grouped @ k.mT).view(b, hq, rows, keys), softcap), bias)
+    return biased(capped(_products(grouped, k).view(b, hq, rows, keys), softcap), bias)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """`q [B, H, n, D] @ k [B, H, m, D]^T`; head by head where PyTorch would copy strided keys of half precision."""
+    if k.device.type != "cpu" or k.dtype == torch.float32:
+        return q @ k.mT
+    out = q.new_empty(*q.shape[:3], k.shape[2])
+    for b in range(k.shape[0]):
+        for h in range(k.shape[1]):
+            torch.mm(q[b, h], k[b, h].mT, out=out[b, h])
+    return out
 
 
 def causal(logits: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def sampled_weights(
     """
     n, device, tiles = min(queries, tile), call.q.device, -(-(stop - start) // tile)
     k = call.k[:, :, : call.off + stop]
-    keys = k.float() if pool == 1 else block_means(k, pool)  # [B, Hkv, m, D]
+    exact = k.dtype if stop - start == 1 else torch.float32  # a copy of all keys would cost a decode step most
+    keys = k.to(exact) if pool == 1 else block_means(k, pool)  # [B, Hkv, m, D]
     bias = call.bias if pool == 1 else None
     picks = start + (torch.arange(1, n + 1, device=device) * tile) // n - 1  # the last of each n-th of a tile
     step = max(1, CHUNK_ELEMENTS // (call.B * call.Hq * n * keys.shape[2]))
@@ -35,8 +36,8 @@ def sampled_weights(
         seen = -(-(call.off + min(start + z * tile, stop)) // pool)
         some = None if bias is None else bias[..., :seen]
         scored = logits(
-            call.q[:, :, rows].float(), keys[:, :, :seen], scale=call.scale, softcap=call.softcap, bias=some
-        )
+            call.q[:, :, rows].to(keys.dtype), keys[:, :, :seen], scale=call.scale, softcap=call.softcap, bias=some
+        ).float()
         last = torch.arange(sure + 1, seen + 1, device=device) * pool - 1  # of the keys in a mean
         scored[..., sure:].masked_fill_(last > (call.off + rows)[:, None], -torch.inf)
         yield a, scored.softmax(-1).nan_to_num_(0.0).unflatten(2, (-1, n))

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config.common import sink_blocks, window_blocks
+from ..config.common import floor, sink_blocks, window_blocks
 from ..config.method_config import option
 from ..config.registry import register_method
 from ..core.block_selector import BlockConfig, BlockSelector
@@ -23,7 +23,8 @@ class BlockTopkConfig(BlockConfig):
     """Settings of `block_topk`."""
 
     method: ClassVar[str] = "block_topk"
-    budget: int | float = option(1024, "keys per query tile: tokens, or a share of the visible ones", gt=0, share=True)
+    budget: int | float = option(1024, "keys per query: tokens, or a share of the visible ones", gt=0, share=True)
+    floor: int = floor()
     top_p: float | None = option(
         None, "keep blocks up to this share of the estimated attention instead of a budget", gt=0, le=1, old="mass"
     )
@@ -70,9 +71,10 @@ class BlockTopk(BlockSelector[BlockTopkConfig]):
 
     def choose(self, grid: Grid, scores: Tensor) -> BlockMap:
         c, best = self.config, scores.amax(0)
-        forced = grid.forced(c.sink_blocks, c.window_blocks)
         if c.top_p is None:
-            return top_blocks(grid, best, forced, grid.budget(c.budget))
+            budget = grid.budget(c.budget, c.floor)
+            return top_blocks(grid, best, grid.forced(c.sink_blocks, c.window_blocks, budget), budget)
+        forced = grid.forced(c.sink_blocks, c.window_blocks)
         return within_budget(grid, best, top_p(scores, c.top_p).any(0), forced, None)
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:

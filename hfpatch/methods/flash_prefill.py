@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config.common import dense_layers, most_keys, sink_blocks, window_blocks
+from ..config.common import dense_layers, floor, most_keys, sink_blocks, window_blocks
 from ..config.method_config import option
 from ..config.registry import register_method
 from ..core.block_selector import BlockConfig, BlockSelector
@@ -27,9 +27,12 @@ class FlashPrefillConfig(BlockConfig):
     method: ClassVar[str] = "flash_prefill"
     alpha: float = option(0.12, "keep blocks with at least this share of the best block's energy", ge=0, le=1)
     budget: int | float | None = most_keys()
+    floor: int = floor()
     sink_blocks: int = sink_blocks(2)
     window_blocks: int = window_blocks(4)
-    last_blocks: int = option(2, "query tiles at the end of a prefill call that attend densely", ge=0)
+    last_blocks: int | None = option(
+        None, "query tiles at the end of a prefill call that attend densely; 2, and with a budget 0", ge=0
+    )
     dense_layers: int = dense_layers()
     mean_correction: bool = option(False, "dropped blocks count with their mean key and mean value")
 
@@ -51,7 +54,8 @@ class FlashPrefill(BlockSelector[FlashPrefillConfig]):
 
     def grid(self, call: AttentionCall) -> Grid | None:
         c = self.config
-        stop = min((-(-call.Lq // c.block_q) - c.last_blocks) * c.block_q, call.Lq)
+        last = (2 if c.budget is None else 0) if c.last_blocks is None else c.last_blocks
+        stop = min((-(-call.Lq // c.block_q) - last) * c.block_q, call.Lq)
         return Grid.of(call.layout.rows(0, stop), c.block_q, c.block_k) if stop > 0 else None
 
     def scores(self, call: AttentionCall, grid: Grid) -> Tensor:
@@ -63,7 +67,8 @@ class FlashPrefill(BlockSelector[FlashPrefillConfig]):
         c = self.config
         near = (scores > 0) & (scores >= c.alpha * scores.amax(-1, keepdim=True))
         keep = near if c.alpha > 0 else torch.ones_like(near)
-        return within_budget(grid, scores, keep, grid.forced(c.sink_blocks, c.window_blocks), c.budget)
+        budget = None if c.budget is None else grid.budget(c.budget, c.floor)
+        return within_budget(grid, scores, keep, grid.forced(c.sink_blocks, c.window_blocks, budget), budget)
 
     def output(self, call: AttentionCall, out: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         sel, stop = call.selection, call.Lq

@@ -7,13 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config.common import SHARES, phase
+from ..config.common import SHARES, phase, question_tokens
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
 from ..core.blocks import Grid, choosers, kept_blocks
 from ..core.call import AttentionCall
 from ..core.method import Method
-from ..core.selection import Layout, Rows, Selection
+from ..core.selection import Causal, Layout, Rows, Selection
 from ..runtime.model_facts import text_config
 
 BLOCK = {"sliding": 256, "slash": 256, "dilated": 256, "power": 256, "s2": 64}
@@ -39,6 +39,7 @@ class PatternConfig(MethodConfig):
     head_sharing: str = option(
         "group", "s2: a shard per KV head, per query head, or one for all", choices=SHARES, old="share"
     )
+    question_tokens: int = question_tokens()
     phase: str = phase()
 
     def value(self, name: str, defaults: Mapping[str, int]) -> int:
@@ -72,6 +73,7 @@ class Pattern(Method[PatternConfig]):
         self.window, self.sink = config.value("window_blocks", WINDOW), config.value("sink_blocks", SINK)
         self.stride = config.value("stride", STRIDE)
         self.uncovered: str | None = None
+        self.causality = "tile" if config.question_tokens else "yes"
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
         text = text_config(model)
@@ -90,11 +92,14 @@ class Pattern(Method[PatternConfig]):
 
     @torch.no_grad()
     def select(self, call: AttentionCall) -> Selection | None:
-        if call.Lk <= self.block:
+        asking = call.asking(self.config.question_tokens)
+        stop = call.Lq - asking
+        if call.Lk <= self.block or not stop:
             return None
-        head = min(-call.off % self.block, call.Lq)
-        ranges = [(a, z) for a, z in ((0, head), (head, call.Lq)) if z > a]
-        parts = [(z, self._part(call.layout, a, z)) for a, z in ranges]
+        head = min(-call.off % self.block, stop)
+        parts = [(z, self._part(call.layout, a, z)) for a, z in ((0, head), (head, stop)) if z > a]
+        if asking:
+            parts.append((call.Lq, Causal()))
         return parts[0][1] if len(parts) == 1 else Rows(parts)
 
     def _part(self, at: Layout, start: int, stop: int) -> Selection:

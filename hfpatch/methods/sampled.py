@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config.common import sink_blocks, window_blocks
+from ..config.common import most_keys, sink_blocks, window_blocks
 from ..config.method_config import option
 from ..config.registry import register_method
 from ..core.block_selector import BlockConfig, BlockSelector
@@ -25,13 +25,8 @@ class SampledConfig(BlockConfig):
     queries: int = option(4, "real queries per tile that choose for it, the last one among them", ge=1)
     pool: int = option(1, "keys per mean that they look at; 1 is the keys themselves", ge=1)
     top_p: float = option(0.9, "keep the fewest blocks with this share of the queries' attention", gt=0, le=1)
-    budget: int | float | None = option(
-        None,
-        "at most so many keys per tile (tokens or share), best first, but never fewer than `floor`",
-        gt=0,
-        share=True,
-    )
-    floor: int = option(512, "at least so many keys per tile, in tokens", ge=0)
+    budget: int | float | None = most_keys()
+    floor: int = option(256, "keys that every query gets at least, unless `budget` is fewer tokens", ge=0)
     block_q: int = option(64, "queries per tile", ge=1)
     block_k: int = option(64, "keys per block", ge=1)
     sink_blocks: int = sink_blocks(1, old=None)
@@ -40,10 +35,6 @@ class SampledConfig(BlockConfig):
     def validate(self) -> None:
         if self.block_k % self.pool:
             raise ConfigError(f"sampled: pool={self.pool} must divide block_k={self.block_k}.")
-        if isinstance(self.budget, int) and self.budget < self.floor:
-            raise ConfigError(
-                f"sampled: budget={self.budget} is below floor={self.floor}; raise one or lower the other."
-            )
 
 
 @register_method
@@ -63,8 +54,9 @@ class Sampled(BlockSelector[SampledConfig]):
 
     def choose(self, grid: Grid, scores: Tensor) -> BlockMap:
         c = self.config
-        forced = grid.forced(c.sink_blocks, c.window_blocks)
-        return top_p_blocks(grid, scores, forced, c.top_p, c.floor, c.budget)
+        budget = None if c.budget is None else grid.budget(c.budget, c.floor)
+        forced = grid.forced(c.sink_blocks, c.window_blocks, budget)
+        return top_p_blocks(grid, scores, forced, c.top_p, c.floor, budget)
 
 
 def sampled_mass(call: AttentionCall, grid: Grid, queries: int, pool: int = 1) -> Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..config.common import dense_layers, phase
+from ..config.common import dense_layers, phase, question_tokens
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
 from ..core.call import AttentionCall
@@ -21,7 +21,7 @@ class StreamingConfig(MethodConfig):
     method: ClassVar[str] = "streaming"
     sink: int = option(4, "first real tokens of each row that stay visible", ge=0)
     window: int = option(1024, "most recent tokens visible, the query's own included", ge=1)
-    last_queries: int = option(0, "queries at the end of a prefill call that attend densely (tri-shape)", ge=0)
+    question_tokens: int = question_tokens(old="last_queries")
     dense_layers: int = dense_layers(" (TriangleMix)")
     phase: str = phase()
 
@@ -30,20 +30,20 @@ class StreamingConfig(MethodConfig):
 class Streaming(Method[StreamingConfig]):
     """Sink + window; positions are kept, nothing is evicted from the cache.
 
-    StreamingLLM, arXiv 2309.17453; tri-shape and layer-wise use from MInference (2407.02490) and TriangleMix
-    (2507.21526). The paper also re-indexes positions after eviction; keys are cached after RoPE here, so the
-    pattern is valid up to the model's position limit.
+    StreamingLLM, arXiv 2309.17453; tri-shape (`question_tokens`) and layer-wise use from MInference (2407.02490) and
+    TriangleMix (2507.21526). The paper also re-indexes positions after eviction; keys are cached after RoPE here, so
+    the pattern is valid up to the model's position limit.
     """
 
     summary = "sink tokens + recent window"
     paper = "https://arxiv.org/abs/2309.17453"
     positional = True
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "tri-shape": {"sink": 128, "window": 3968, "last_queries": 128, "phase": "prefill"},
+        "tri-shape": {"sink": 128, "window": 3968, "question_tokens": 128, "phase": "prefill"},
         "triangle-mix": {
             "sink": 8,
             "window": 512,
-            "last_queries": 128,
+            "question_tokens": 128,
             "dense_layers": 16,
             "phase": "prefill",
         },
@@ -51,13 +51,12 @@ class Streaming(Method[StreamingConfig]):
 
     def __init__(self, config: StreamingConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
-        self.causality = "tile" if config.last_queries else "yes"
+        self.causality = "tile" if config.question_tokens else "yes"
 
     def select(self, call: AttentionCall) -> Selection | None:
         c = self.config
         pattern = SinkWindow(c.sink, c.window)
-        if call.Lk <= c.sink + c.window or (call.Lq <= c.last_queries and call.phase != "decode"):
+        asking = call.asking(c.question_tokens)
+        if call.Lk <= c.sink + c.window or asking >= call.Lq:
             return None
-        if c.last_queries and call.phase != "decode":
-            return Rows([(call.Lq - c.last_queries, pattern), (call.Lq, Causal())])
-        return pattern
+        return Rows([(call.Lq - asking, pattern), (call.Lq, Causal())]) if asking else pattern

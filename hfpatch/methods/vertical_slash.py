@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..config.common import floor, most_keys
 from ..config.method_config import option
 from ..config.registry import register_method
 from ..core.block_selector import BlockConfig, BlockSelector
-from ..core.blocks import Grid, pad_to, tokens_of
+from ..core.blocks import Grid, kept_blocks, pad_to, tokens_of, within_budget
 from ..core.call import AttentionCall
 from ..core.learned import Learned, ModelSizes
 from ..core.logits import biased, capped
+from ..core.selection import BlockMap
 from ..errors import ConfigError
 from ..files.json_text import read_json
 from ..values import INT_END, Misfit, OutOfRange, PathText, fitted, shown
@@ -25,11 +27,13 @@ CHUNK_ELEMENTS = 1 << 24
 
 @dataclass(kw_only=True)
 class VerticalSlashConfig(BlockConfig):
-    """Settings of `vertical_slash`; budgets in tokens or as a share of the prompt."""
+    """Settings of `vertical_slash`; lines in tokens or as a share of the prompt."""
 
     method: ClassVar[str] = "vertical_slash"
     vertical: int | float = option(0.05, "columns kept, the first ones included", gt=0, share=True)
     slash: int | float = option(0.1, "diagonals kept, the nearest ones included", gt=0, share=True)
+    budget: int | float | None = most_keys()
+    floor: int = floor()
     head_config: PathText | None = option(None, "JSON file with (vertical, slash) tokens per layer and query head")
     estimate: int = option(64, "last queries whose attention is looked at", ge=1)
     sink: int = option(30, "first columns, always kept", ge=0)
@@ -40,13 +44,15 @@ class VerticalSlashConfig(BlockConfig):
 
 @register_method
 class VerticalSlash(BlockSelector[VerticalSlashConfig]):
-    """Attention of the last queries, summed down columns and along diagonals, says which of both to keep.
+    """Attention of a few queries, summed down columns and along diagonals, says which of both to keep.
 
     MInference, arXiv 2407.02490; its published per-head budgets load with `head_config`, its fallback is the preset
     "minference". A tile attends to every key block that a kept line crosses, as in the paper's kernel; block_k = 1
     and block_q = 1 give the formula token by token. Larger blocks choose bands of block_k columns or diagonals by
     their sums, where the paper chooses single ones and its kernel rounds the diagonals up. Heads that share a
-    choice add their attention up and take the largest budget among them.
+    choice add their attention up and take the largest budget among them. A band of diagonals crosses two blocks of a
+    tile: about vertical + 2 slash of the keys are seen. `budget` is what this library adds: of the blocks that a tile
+    would see, those whose column and diagonals got the most attention.
     """
 
     summary = "columns and diagonals seen by the last queries"
@@ -66,7 +72,7 @@ class VerticalSlash(BlockSelector[VerticalSlashConfig]):
         return {"per_head": Learned((sizes.layers, sizes.heads, 2), whole=True, ge=0, le=INT_END)}
 
     def scores(self, call: AttentionCall, grid: Grid) -> Tensor:
-        """Bool: a kept column or diagonal crosses tile and block."""
+        """Attention to a block's column and to the diagonals it meets, 0 where no kept line crosses tile and block."""
         c, size = self.config, grid.block_k
         columns, diagonals = (  # [B, H, nK]: bands of block_k lines
             pad_to(self.sharing(line, grid).sum(2), size, -1).unflatten(-1, (-1, size)).sum(-1)
@@ -75,7 +81,18 @@ class VerticalSlash(BlockSelector[VerticalSlashConfig]):
         vertical, slash = self.budgets(call, columns.shape[1])
         kept_columns = best_lines(columns, -(-vertical // size), -(-c.sink // size))
         kept_diagonals = best_lines(diagonals, -(-slash // size), -(-c.local // size))
-        return kept_columns[:, :, None] | crossed(kept_diagonals, grid)
+        kept = kept_columns[:, :, None] | crossed(kept_diagonals, grid)
+        if c.budget is None:
+            return kept
+        return (columns[:, :, None] + diagonal_means(diagonals, grid)).clamp_min(1e-30) * kept
+
+    def choose(self, grid: Grid, scores: Tensor) -> BlockMap:
+        c, size = self.config, grid.block_k
+        if c.budget is None:
+            return kept_blocks(grid, scores)
+        budget = grid.budget(c.budget, c.floor)
+        forced = grid.forced(-(-c.sink // size), -(-(c.local + grid.block_q) // size), budget)
+        return within_budget(grid, scores, scores > 0, forced, budget)
 
     def budgets(self, call: AttentionCall, heads: int) -> tuple[Tensor, Tensor]:
         """Columns and diagonals per chooser, `[heads, 1]`, in tokens."""
@@ -131,19 +148,31 @@ def diagonal_sums(weights: Tensor) -> Tensor:
 
 def best_lines(score: Tensor, budget: Tensor, forced: int) -> Tensor:
     """Bool like `score [B, H, n]`: the first `forced` ones and the best, `budget [H, 1]` in all."""
-    score[..., :forced] = torch.inf
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (rank < budget) | score.isinf()
+    first = torch.arange(score.shape[-1], device=score.device) < forced
+    rank = score.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (rank < budget) | first
+
+
+def met(grid: Grid) -> tuple[Tensor, Tensor]:
+    """First band of block_k diagonals that meets tile and block, and the one past the last, both `[nQ, nK]`."""
+    start = grid.blocks * grid.block_k
+    stop = (start + grid.block_k).clamp(max=grid.at.Lk) - 1
+    high = ((grid.last[:, None] - start) // grid.block_k + 1).clamp(min=0)
+    return ((grid.first[:, None] - stop) // grid.block_k).clamp(min=0).minimum(high), high
 
 
 def crossed(bands: Tensor, grid: Grid) -> Tensor:
     """Bool `[B, H, nQ, nK]`: a diagonal of the kept `bands [B, H, nK]` of width block_k crosses tile and block."""
-    start = grid.blocks * grid.block_k
-    stop = (start + grid.block_k).clamp(max=grid.at.Lk) - 1
-    low = ((grid.first[:, None] - stop) // grid.block_k).clamp(min=0)
-    high = ((grid.last[:, None] - start) // grid.block_k + 1).clamp(min=0)
+    low, high = met(grid)
     before = pad(bands.int().cumsum(-1), [1, 0])  # [B, H, nK + 1]
-    return before[..., high] > before[..., low.minimum(high)]
+    return before[..., high] > before[..., low]
+
+
+def diagonal_means(bands: Tensor, grid: Grid) -> Tensor:
+    """Mean `[B, H, nQ, nK]` of `bands [B, H, nK]` over those that meet tile and block."""
+    low, high = met(grid)
+    before = pad(bands.double().cumsum(-1), [1, 0])
+    return ((before[..., high] - before[..., low]) / (high - low).clamp(min=1)).float()
 
 
 def read_head_config(path: str) -> Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config.common import most_keys, sink_blocks, window_blocks
+from ..config.common import floor, most_keys, sink_blocks, window_blocks
 from ..config.method_config import option
 from ..config.registry import register_method
 from ..core.block_selector import BlockConfig, BlockSelector
@@ -28,6 +28,7 @@ class XAttentionConfig(BlockConfig):
         0.9, "keep the fewest blocks with this share of the estimated attention", gt=0, le=1, old="mass"
     )
     budget: int | float | None = most_keys()
+    floor: int = floor()
     stride: int = option(16, "tokens per cell side; one in `stride` products is computed", ge=1)
     sink_blocks: int = sink_blocks(1)
     window_blocks: int = window_blocks(1)
@@ -62,8 +63,9 @@ class XAttention(BlockSelector[XAttentionConfig]):
 
     def choose(self, grid: Grid, scores: Tensor) -> BlockMap:
         c = self.config
-        forced = grid.forced(c.sink_blocks, c.window_blocks)
-        return within_budget(grid, scores, top_p(scores, c.top_p), forced, c.budget)
+        budget = None if c.budget is None else grid.budget(c.budget, c.floor)
+        forced = grid.forced(c.sink_blocks, c.window_blocks, budget)
+        return within_budget(grid, scores, top_p(scores, c.top_p), forced, budget)
 
     def _stride(self, call: AttentionCall) -> int:
         return no_longer(self.config.stride, call.Lk)

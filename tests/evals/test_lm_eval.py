@@ -154,7 +154,7 @@ def test_scores_are_the_same_at_batch_size_1_and_8(folder, case):
 
 
 def test_padding_has_to_be_told_to_methods_that_look_at_the_last_queries(folder, monkeypatch):
-    settings = {"sink": 2, "window": 8, "last_queries": 5}
+    settings = {"sink": 2, "window": 8, "question_tokens": 5}
     scores = []
     for told in (True, False):
         if not told:
@@ -211,7 +211,7 @@ def test_unknown_task_is_told_in_a_sentence(folder):
 
 
 def test_loose_methods_warn_once_or_refuse(folder, caplog):
-    settings = {"sink": 2, "window": 8, "last_queries": 5}
+    settings = {"sink": 2, "window": 8, "question_tokens": 5}
     lm = model(folder, patch="streaming", patch_args=settings)
     some = requests("loglikelihood")[:2]
     for _ in range(2):

@@ -98,3 +98,57 @@ def test_patch_is_on_during_generation_and_off_afterwards(model, tokenizer):
     dense, sparse = (job.run(cell, session).data for cell in job.cells(session.variants))
     assert dense["density_prefill"] == 1.0 and 0 < sparse["density_prefill"] < 0.5
     assert torch.equal(before, model(torch.tensor([[1, 2, 3]])).logits)
+
+
+TOGETHER = {
+    None: None, "streaming": "streaming:window=64,sink=4", "quest": "quest:budget=64",
+    "dhsa": "dhsa:budget=128,sink=4,local=16,question_tokens=0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("patch", TOGETHER)
+def test_together_asks_of_one_prefill_what_apart_asks_of_many(model, tokenizer, patch):
+    """Dense and patched: a question after the text's own prefill; counted by forwards and by a plain run."""
+    variants = parse_variants([TOGETHER[patch]] if patch else [])
+    session = Session("tiny", variants)
+    session.loaded = Loaded("tiny", model, tokenizer)
+    job = NiahJob([300], depths=[0, 50, 100], samples=2, needle="words", together=True)
+    built = job.build(session.loaded, 300, 0)
+    assert len(built) == 6 and len({s.prompt[: s.shared] for s in built}) == 2
+    assert all(s.prompt[: s.shared].count(s.answers[0]) == 1 for s in built)
+    assert all(t.answers[0] in s.prompt for s in built[:3] for t in built[:3])
+    lengths = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True
+    )
+    try:
+        cell = job.cells(variants)[-1]
+        found = job.run(cell, session)
+    finally:
+        hook.remove()
+    assert sum(n > 150 for n in lengths) == 2
+    variant = session.variant(cell.variant)
+    for sample, record in zip(built, found.samples, strict=True):
+        with variant.applied(model):
+            wanted, output = by_hand(model, tokenizer, sample, steps=patch == "quest")
+        assert record["answer_nll"] == pytest.approx(wanted, abs=1e-4)
+        assert record["output"].startswith(output)
+        assert record["question_place"].startswith("a call of its own")
+
+
+@torch.inference_mode()
+def by_hand(model, tokenizer, sample, steps):
+    """Answer NLL and first output token of a sample in plain calls: text, question with answer, decode steps."""
+    text, whole = (tokenizer(t)["input_ids"] for t in (sample.prompt[: sample.shared], sample.prompt))
+    full = tokenizer(sample.prompt + sample.continuation)["input_ids"]
+    cut = next(n for n in range(len(text) + 1) if text[:n] != whole[:n] or n == len(text))
+    cut = cut if text[:cut] == whole[:cut] else cut - 1
+    cache = model(torch.tensor([text[:cut]]), use_cache=True).past_key_values
+    ends = list(range(len(whole), len(full))) if steps else [len(full) - 1]
+    logits, begin = [], cut
+    for end in ends:
+        logits.append(model(torch.tensor([full[begin:end]]), past_key_values=cache, use_cache=True).logits[0])
+        begin = end
+    logp = torch.cat(logits).float().log_softmax(-1)
+    nll = [-logp[n - 1 - cut, full[n]].item() for n in range(len(whole), len(full))]
+    return sum(nll) / len(nll), tokenizer.decode([int(logp[len(whole) - 1 - cut].argmax())])

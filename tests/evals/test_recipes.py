@@ -55,7 +55,7 @@ BAD_RECIPES = {
     "a key twice": (GOOD + "model: b\n", 9, "'model' is set twice"),
     "no task": ("model: a\nvariants:\n  - patch: streaming\n", 1, "nothing to do"),
     "patch and methods": (GOOD.replace("settings: {window: 32}", "methods: [{method: dense}]"), 3, "either 'patch'"),
-    "wrong measure": (GOOD + "measures:\n  - measure: speed\n", 10, "must be one of latency, memory"),
+    "wrong measure": (GOOD + "measures:\n  - measure: speed\n", 10, "must be one of audit, latency, memory"),
     "variants misspelt": ("model: a\nvariants: every\ntasks: []\n", 2, "it must be 'all' or a list"),
     "two jobs alike": (GOOD + "  - {task: niah, lengths: [64]}\n", 9, "two jobs are called 'niah'"),
     "two variants alike": (GOOD.replace("tasks:", "  - patch: streaming:window=32\ntasks:"), 5, "there twice"),

@@ -180,7 +180,7 @@ EDITS = {
     "jobs null": (("jobs",), None, "jobs must be a list, not null"),
     "jobs of numbers": (("jobs", 0), 5, "jobs[0] must be a mapping, not 5"),
     "no kind": (("jobs", 0, "kind"), ..., "jobs[0] needs 'kind'"),
-    "unknown kind": (("jobs", 0, "kind"), "speed", 'jobs[0].kind is "speed"; it must be one of latency'),
+    "unknown kind": (("jobs", 0, "kind"), "speed", 'jobs[0].kind is "speed"; it must be one of audit, latency'),
     "label that leaves the folder": (("jobs", 0, "label"), "../x", "jobs[0].label"),
     "no rows": (("jobs", 0, "rows"), ..., "jobs[0] needs 'rows'"),
     "rows null": (("jobs", 0, "rows"), None, "jobs[0].rows must be a list"),

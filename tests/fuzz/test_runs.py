@@ -45,6 +45,7 @@ measures:
     decode_tokens: 2
     repeats: 1
   - {measure: memory, lengths: [64]}
+  - {measure: audit, lengths: [64], samples: 1, rows_per_call: 4, tiles: 0, new_tokens: 0}
 output: out/every
 """
 

@@ -47,16 +47,33 @@ def best(score: dict[int, float], count: int) -> set[int]:
     return set(sorted(score, key=lambda m: -score[m])[: max(count, 0)])
 
 
-def forced(call: AttentionCall, tile: list[int], blocks: list[list[int]], sink: int, window: int) -> set[int]:
-    """Blocks of a tile that are always kept."""
-    first, last = call.off + tile[0], call.off + tile[-1]
-    own = next(m for m, keys in enumerate(blocks) if last in keys)
-    out = set()
-    for m, keys in enumerate(blocks):
-        partly = keys[0] <= last and (keys[-1] > first or len(keys) < len(blocks[0]))
-        if keys[0] <= last and (m < sink or own - m < window or partly):
-            out.add(m)
-    return out
+def own(call: AttentionCall, tile: list[int], blocks: list[list[int]]) -> set[int]:
+    """Blocks with keys of a tile's own tokens."""
+    return {m for m, keys in enumerate(blocks) if any(call.off + i in keys for i in tile)}
+
+
+def room(call: AttentionCall, tile: list[int], blocks: list[list[int]], budget: int | float, floor: int = 0) -> int:
+    """How many whole blocks before its own ones a tile may have."""
+    start = blocks[min(own(call, tile, blocks))][0]
+    seen = [call.off + i + 1 for i in tile]
+    mine, size = [n - start for n in seen], len(blocks[0])
+    if isinstance(budget, int):
+        return max(0, (budget - max(mine)) // size)
+    count = max(0, round((budget * sum(seen) - sum(mine)) / (len(tile) * size)))
+    while count * size < start and any(m + count * size < min(floor, n) for m, n in zip(mine, seen, strict=True)):
+        count += 1
+    return count
+
+
+def forced(
+    call: AttentionCall, tile: list[int], blocks: list[list[int]], sink: int, window: int, most: int | None = None
+) -> set[int]:
+    """Blocks of a tile that are always kept; of `most` whole ones half: the first, then the most recent."""
+    mine = own(call, tile, blocks)
+    newest = next(m for m, keys in enumerate(blocks) if call.off + tile[-1] in keys)
+    past = [m for m, keys in enumerate(blocks) if keys[0] <= call.off + tile[-1] and m not in mine]
+    ranked = [m for m in past if m < sink] + [m for m in reversed(past) if m >= sink and newest - m < window]
+    return mine | set(ranked if most is None else ranked[: math.ceil(most / 2)])
 
 
 def kv(call: AttentionCall, head: int) -> int:
@@ -66,13 +83,13 @@ def kv(call: AttentionCall, head: int) -> int:
 
 def block_topk(
     call: AttentionCall, budget: int | float, block_q: int, block_k: int, sink_blocks: int, window_blocks: int,
-    head_sharing: str,
+    head_sharing: str, floor: int = 0,
 ) -> Tensor:  # fmt: skip
     """Softmax of mean query times mean keys over whole past blocks, averaged over the heads that share."""
 
     def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
-        last = call.off + tile[-1]
-        always = forced(call, tile, blocks, sink_blocks, window_blocks)
+        most = room(call, tile, blocks, budget, floor)
+        always = forced(call, tile, blocks, sink_blocks, window_blocks, most)
         whole = [m for m, keys in enumerate(blocks) if len(keys) == block_k and keys[-1] <= call.off + tile[0]]
         score = dict.fromkeys(whole, 0.0)
         for h in heads:
@@ -81,9 +98,8 @@ def block_topk(
             e = {m: math.exp(call.scale * float(q @ means[m])) for m in whole}
             for m in whole:
                 score[m] += e[m] / sum(e.values())
-        tokens = budget if isinstance(budget, int) else budget * (last + 1)
         rest = {m: x for m, x in score.items() if m not in always}
-        return always | best(rest, math.ceil(tokens / block_k) - len(always))
+        return always | best(rest, most + len(own(call, tile, blocks)) - len(always))
 
     return mask_of(call, choose, head_sharing, block_q, block_k)
 
@@ -111,22 +127,24 @@ def flash_prefill(
     window_blocks: int,
     last_blocks: int,
     head_sharing: str,
-    budget: int | None = None,
+    budget: int | float | None = None,
+    floor: int = 0,
 ) -> Tensor:
-    """Blocks with S[J] >= alpha max S, sink, window; the last tiles dense; at most `budget` tokens."""
+    """Blocks with S[J] >= alpha max S, sink, window; the last tiles dense; at most `budget` of the keys."""
     tiles = tiles_of(call, block_q)
     dense = {i for tile in tiles[len(tiles) - last_blocks :] for i in tile} if last_blocks else set()
 
     def choose(b: int, heads: list[int], tile: list[int], blocks: list[list[int]]) -> set[int]:
         if tile[0] in dense:
             return set(range(len(blocks)))
-        always = forced(call, tile, blocks, sink_blocks, window_blocks)
+        most = None if budget is None else room(call, tile, blocks, budget, floor)
+        always = forced(call, tile, blocks, sink_blocks, window_blocks, most)
         energy = tile_energies(call, b, heads, tile, blocks)
         keep = {m: s for m, s in energy.items() if s >= alpha * max(energy.values())}
-        if budget is None:
+        if most is None:
             return always | set(keep)
         rest = {m: s for m, s in keep.items() if m not in always}
-        return always | best(rest, math.ceil(budget / block_k) - len(always))
+        return always | best(rest, most + len(own(call, tile, blocks)) - len(always))
 
     return mask_of(call, choose, head_sharing, block_q, block_k)
 

@@ -25,7 +25,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
      {**ALL, "block_q": 8, "block_k": 8, "last_blocks": 0, "sink_blocks": 1, "window_blocks": 1, "alpha": 0.9},
      ("block_q", "block_k", "sink_blocks", "window_blocks", "last_blocks", "budget")),
     ("vertical_slash", {**ALL, "block_q": 8, "block_k": 8, "sink": 2, "local": 2, "vertical": 4, "slash": 4},
-     ("block_q", "block_k", "sink", "local", "vertical", "slash", "estimate")),
+     ("block_q", "block_k", "sink", "local", "vertical", "slash", "estimate", "budget")),
     ("xattention", {**ALL, "stride": 1, "block_q": 8, "block_k": 8, "top_p": 0.3},
      ("block_q", "block_k", "sink_blocks", "window_blocks")),
     ("skip_softmax", {**ALL, "block_q": 8, "block_k": 8, "prefill": 0.3, "decode": 0.3}, ("block_q", "block_k")),
@@ -33,7 +33,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     *(("pattern", {"pattern": p, "block": 4, "window_blocks": 1},
        ("block", "window_blocks", "sink_blocks", "stride", "count", "slashes"))
       for p in ("sliding", "slash", "dilated", "power", "s2")),
-    ("streaming", {"sink": 2, "window": 8}, ("sink", "window", "last_queries")),
+    ("streaming", {"sink": 2, "window": 8}, ("sink", "window", "question_tokens")),
     *(("dhsa", {**DHSA, "boundaries": b},
        ("chunk", "longest", "boundary_window", "radius", "question_tokens", "close_after", "budget"))
       for b in ("fixed", "novelty", "oracle")),

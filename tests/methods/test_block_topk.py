@@ -14,11 +14,12 @@ SIZES = [(16, 16), (32, 8), (8, 16)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", ["group", "head", "all"])
-@pytest.mark.parametrize("budget", [48, 0.4])
-def test_equals_the_formula(shape, share, budget):
+@pytest.mark.parametrize("budget,floor", [(48, 0), (20, 9), (0.4, 0), (0.3, 40)])
+def test_equals_the_formula(shape, share, budget, floor):
     call = make_call(SHAPES[shape], dv=24)
     for bq, bk in SIZES:
-        own = dict(budget=budget, block_q=bq, block_k=bk, sink_blocks=1, window_blocks=2, head_sharing=share)
+        own = dict(budget=budget, floor=floor, block_q=bq, block_k=bk, sink_blocks=1, window_blocks=2)
+        own["head_sharing"] = share
         method = make_method("block_topk", min_length=0, **own)
         assert torch.equal(chosen_mask(method, call), block_topk(call, **own))
         check_executors(method, call)

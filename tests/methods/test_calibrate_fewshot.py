@@ -1,4 +1,4 @@
-"""Few-shot prompts from texts and labels, their shared beginnings, and the report on fresh examples."""
+"""Few-shot prompts from texts and labels, their shared beginnings, and the report on unseen examples."""
 
 import json
 import math
@@ -165,49 +165,49 @@ def test_the_prior_of_blanks_by_hand() -> None:
     assert q.right_among_labels(a, prior).tolist() == [False, True]
 
 
-def test_fresh_examples_are_reported_and_not_searched(tmp_path: Path) -> None:
+def test_unseen_examples_are_reported_and_not_searched(tmp_path: Path) -> None:
     model = zoo.SUPPORTED["llama-mha"].build(num_hidden_layers=2)
     every = [Example(e.prompt, e.labels, e.answer, ("", "zz")) for e in labelled(model, 400.0, 2)]
     search = Search(up=400.0, gammas=(0.1, 1.0, 400.0), seeds=(0, 1), top=0.25)
     steps: list[int] = []
     done = calibrate_zerotuning(
-        model, Letters(), every[:24], search, fresh=every[24:], advance=lambda: steps.append(1)
+        model, Letters(), every[:24], search, unseen=every[24:], advance=lambda: steps.append(1)
     )
-    assert len(steps) == most_settings(search, query_heads(model) or 0, 2, fresh=True)
+    assert len(steps) == most_settings(search, query_heads(model) or 0, 2, unseen=True)
     assert [o.objective for o in done.outcomes] == ["accuracy", "entropy"] and done.outcomes[0].heads
-    rows = {row["name"]: row for row in done.fresh}
+    rows = {row["name"]: row for row in done.unseen}
     assert list(rows)[:4] == ["dense", "all heads", "accuracy", "entropy"] and "random heads 0" in rows
-    assert all(row["n"] == 16 for row in done.fresh) and rows["dense"]["accuracy_change"] == (0.0, 0.0, 0.0)
+    assert all(row["n"] == 16 for row in done.unseen) and rows["dense"]["accuracy_change"] == (0.0, 0.0, 0.0)
     assert (rows["accuracy"]["gamma"], rows["accuracy"]["heads"]) == (done.outcomes[0].gamma, done.outcomes[0].heads)
     gained = rows["accuracy"]["among_labels"] - rows["dense"]["among_labels"]
     assert math.isclose(rows["accuracy"]["among_labels_change"][0], gained, abs_tol=1e-6)
     assert {"content_free", "mean_corrected", "accuracy_over_corrected_dense", "change_by"} <= rows["entropy"].keys()
-    fresh, blank = (
+    unseen, blank = (
         Questions(Letters(), every[24:]),
         Questions(Letters(), [Example(b, every[0].labels) for b in ("", "zz")]),
     )
-    prior = blank_prior(fresh, blank, blank.ask(model))
-    want = fresh.right_among_labels(fresh.ask(model), prior).float().mean()
+    prior = blank_prior(unseen, blank, blank.ask(model))
+    want = unseen.right_among_labels(unseen.ask(model), prior).float().mean()
     assert math.isclose(rows["dense"]["content_free"], float(want), abs_tol=1e-6)
     lines = summary(done)
-    assert len(lines) == 2 + len(done.fresh) and "prior-corrected" in lines[2]
+    assert len(lines) == 2 + len(done.unseen) and "prior-corrected" in lines[2]
     done.save(tmp_path)
     saved = json.loads((tmp_path / "calibration.json").read_text())
-    assert [row["name"] for row in saved["fresh"]] == list(rows)
+    assert [row["name"] for row in saved["unseen"]] == list(rows)
     bare = [Example(e.prompt, e.labels, e.answer) for e in every]
-    without = calibrate_zerotuning(model, Letters(), bare[:24], search, fresh=bare[24:])
-    assert "content_free" not in without.fresh[0] and without.fresh[0]["accuracy"] == rows["dense"]["accuracy"]
+    without = calibrate_zerotuning(model, Letters(), bare[:24], search, unseen=bare[24:])
+    assert "content_free" not in without.unseen[0] and without.unseen[0]["accuracy"] == rows["dense"]["accuracy"]
 
 
-def test_fresh_examples_that_fit_nothing_are_refused() -> None:
+def test_unseen_examples_that_fit_nothing_are_refused() -> None:
     model = zoo.SUPPORTED["llama"].build()
     known = [Example(t, ("a", "b"), "a") for t in make_texts(8)]
-    for fresh, sentence in (
+    for unseen, sentence in (
         ([Example("p", ("a", "c"), "a")], "other labels"),
         ([Example("p")], "needs an 'answer'"),
     ):
         with pytest.raises(hfpatch.ConfigError, match=sentence):
-            calibrate_zerotuning(model, Letters(), known, fresh=fresh)
+            calibrate_zerotuning(model, Letters(), known, unseen=unseen)
 
 
 def test_factors_to_try_from_a_text() -> None:

@@ -119,13 +119,15 @@ def texts(count: int, length: int = 63) -> list[str]:
     return [" ".join(map(str, row)) for row in torch.randint(8, zoo.VOCAB, (count, length)).tolist()]
 
 
-RECIPE = calibrate.Recipe(labels="mass", length=63, epochs=2, width=8, heads=2, hidden=16, save_every=3)
+RECIPE = calibrate.Recipe(labels="mass", length=63, epochs=2, width=8, heads=2, hidden=16)
 
 
 def test_training_saves_a_patch_that_loads(tmp_path: Path) -> None:
     model, steps = zoo.SUPPORTED["llama"].build(), []
     data = texts(6)
-    quality = calibrate.calibrate_dhsa(model, Tokens(), data, tmp_path, RECIPE, advance=lambda: steps.append(1))
+    quality = calibrate.calibrate_dhsa(
+        model, Tokens(), data, tmp_path, RECIPE, force=True, advance=lambda: steps.append(1)
+    )
     assert len(steps) == 10 and 0 <= quality.f1 <= 1 and "F1" in str(quality)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hfpatch_config.json", "hfpatch_model.safetensors"]
     ids = zoo.prompt(model, 2, 63)
@@ -154,12 +156,12 @@ def test_an_interrupted_run_ends_where_it_would_have(tmp_path: Path) -> None:
         if len(steps) == 5:
             raise Stop
 
-    whole = calibrate.calibrate_dhsa(model, Tokens(), data, tmp_path / "whole", RECIPE)
+    whole = calibrate.calibrate_dhsa(model, Tokens(), data, tmp_path / "whole", RECIPE, force=True)
     with pytest.raises(Stop):
         calibrate.calibrate_dhsa(model, Tokens(), data, tmp_path / "cut", RECIPE, advance=stop)
     with pytest.raises(ConfigError, match="other settings"):
         calibrate.calibrate_dhsa(model, Tokens(), data[:5], tmp_path / "cut", RECIPE)
-    assert calibrate.calibrate_dhsa(model, Tokens(), data, tmp_path / "cut", RECIPE) == whole
+    assert calibrate.calibrate_dhsa(model, Tokens(), data, tmp_path / "cut", RECIPE, force=True) == whole
     a, b = (load_predictor(tmp_path / name).state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 

@@ -18,7 +18,7 @@ SMALL = {"budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "questio
 
 def method() -> Dhsa:
     cls = get_method("dhsa")
-    return cls(cls.config_class(**SMALL))
+    return cls(cls.config_class(**SMALL, score="mass"))
 
 
 def call(k: Tensor, lq: int, states: dict) -> AttentionCall:

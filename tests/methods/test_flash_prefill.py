@@ -16,7 +16,7 @@ from hfpatch.ops import attend
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", ["group", "head", "all"])
-@pytest.mark.parametrize("budget", [None, 64])
+@pytest.mark.parametrize("budget", [None, 64, 0.3])
 def test_equals_the_formula(shape, share, budget):
     call = make_call(SHAPES[shape], dv=24)
     for bq, bk in [(16, 16), (32, 8), (8, 16)]:
@@ -29,6 +29,7 @@ def test_equals_the_formula(shape, share, budget):
             last_blocks=1,
             head_sharing=share,
             budget=budget,
+            floor=40,
         )
         method = make_method("flash_prefill", min_length=0, **own)
         assert torch.equal(chosen_mask(method, call), flash_prefill(call, **own))

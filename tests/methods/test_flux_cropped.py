@@ -177,7 +177,7 @@ def test_settings_and_models_that_look_back_are_refused() -> None:
     for settings in (
         {"sparse": "quest", "sparse_settings": {}},
         {"sparse_settings": {**STREAM, "phase": "prefill"}},
-        {"sparse_settings": {**STREAM, "last_queries": 3}},
+        {"sparse_settings": {**STREAM, "question_tokens": 3}},
     ):
         with pytest.raises(ConfigError, match="crop_cache=True goes with"):
             patch_model(model, "flux", **{**SPARSE, **settings, "crop_cache": True})

@@ -15,7 +15,7 @@ from tiny_tokenizer import VOCAB, byte_tokenizer
 from hfpatch import HfpatchError, get_patch, patch_model, patched
 from hfpatch.api import Patch
 from hfpatch.errors import InputError
-from hfpatch.methods.infiniretri.method import InfiniRetri
+from hfpatch.methods.infiniretri.method import InfiniRetri, InfiniRetriConfig
 from hfpatch.methods.infiniretri.prompt import make_prompt, tokenize
 from hfpatch.methods.infiniretri.sentences import faithful_end, sentences
 
@@ -192,6 +192,33 @@ def test_the_patch_without_reading_changes_nothing() -> None:
         _ = get_patch(model).nonsense
 
 
+@pytest.mark.parametrize("count,layer", [(1, 0), (2, 1), (3, 1), (4, 2), (24, 14), (30, 18)])
+def test_the_layer_is_three_fifths_up_unless_layers_or_the_reference_say_otherwise(count: int, layer: int) -> None:
+    every = [2 * n for n in range(count)]
+    assert InfiniRetri(InfiniRetriConfig()).pick(every) == [2 * layer]
+    assert InfiniRetri(InfiniRetriConfig(mode="faithful")).pick(every) == every[-1:]
+    assert InfiniRetri(InfiniRetriConfig(layers="0-")).pick(every) == every[-1:]
+    assert InfiniRetri(InfiniRetriConfig()).pick([]) == []
+
+
+def test_the_answer_goes_on_from_its_prefix(tmp_path: Path) -> None:
+    tokenizer, model, state = byte_tokenizer(), tiny(), str(tmp_path / "state.json")
+    words = {"tokenizer": tokenizer, "progress": False, "state_file": state}
+    with patched(model, "infiniretri", **SETTINGS) as patch:
+        found = patch.retrieve(TEXT, QUESTION, **words, answer_prefix="The blue fox")
+        assert found.answer_prefix == "The blue fox"
+        answer = patch.answer(found, tokenizer=tokenizer, max_new_tokens=5, do_sample=False)
+        assert patch.generate(TEXT, QUESTION, **words, answer_prefix="The blue fox", max_new_tokens=5) == answer
+        with pytest.raises(InputError, match="other questions or settings"):
+            patch.retrieve(TEXT, QUESTION, **words)
+        with pytest.raises(InputError, match="answer_prefix is the text"):
+            patch.retrieve(TEXT, QUESTION, tokenizer=tokenizer, answer_prefix=["The"])
+    text = f"{found.text}\n\nQuestion: {QUESTION}\nAnswer: The blue fox"
+    ids = torch.tensor([[tokenizer.bos_token_id] * bool(tokenizer("a")["input_ids"][1:]) + tokenize(tokenizer, text)])
+    want = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert answer == tokenizer.decode(want, skip_special_tokens=True)
+
+
 def test_layers_are_ranked_by_what_they_find() -> None:
     with patched(zoo.SUPPORTED["gemma2"].build(vocab_size=VOCAB), "infiniretri", **SETTINGS) as patch:
         ranked = patch.rank_layers(tokenizer=byte_tokenizer(), probes=2)
@@ -203,7 +230,7 @@ def test_layers_are_ranked_by_what_they_find() -> None:
                 patch.rank_layers(**{"tokenizer": byte_tokenizer(), **wrong})
 
 
-def test_the_embedded_model_retrieves_in_layer_2() -> None:
+def test_the_embedded_model_retrieves_in_layer_2_and_that_is_the_default() -> None:
     from hfpatch.evals.testbed import load
 
     from hfpatch.text import grammar
@@ -211,6 +238,7 @@ def test_the_embedded_model_retrieves_in_layer_2() -> None:
     model, tokenizer = load()
     with patched(model, "infiniretri", template="{context}{question}", chunk_tokens=512) as patch:
         ranked = patch.rank_layers(tokenizer=tokenizer, question=grammar.question("{key}"), probes=4)
+        assert patch.layers == [2]
     assert ranked[0] == (2, 1.0) and ranked[1][1] < 0.9
 
 

@@ -56,6 +56,31 @@ def test_chat_template_is_used() -> None:
 
 
 @pytest.mark.parametrize(
+    "chat,begins,written",
+    [
+        (None, "It sleeps", "[user]CTX Q: {}[bot]It sleeps"),
+        (None, "", "[user]CTX Q: {}[bot]"),
+        (False, "It sleeps", "CTX Q: {} It sleeps"),
+        (False, "", "CTX Q: {}"),
+    ],
+)
+def test_the_answers_beginning_stands_in_the_assistants_turn(chat: bool | None, begins: str, written: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[bot]"
+    prompt = make_prompt(tokenizer, "{context} Q: {question}", QUESTION, chat, begins)
+    assert tokenizer.decode(prompt.ids(tokenize(tokenizer, "CTX"))) == written.format(QUESTION)
+    assert tokenizer.decode(prompt.tail).endswith(begins) and tokenizer.decode(prompt.tail).startswith(QUESTION)
+
+
+def test_an_answer_does_not_begin_among_thoughts() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}[bot]<think>"
+    for begins, end in (("It", "[bot]<think>\n</think>\n\nIt"), ("", "[bot]<think>")):
+        prompt = make_prompt(tokenizer, "{context} {question}", QUESTION, None, begins)
+        assert tokenizer.decode(prompt.tail) == QUESTION + end
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "狐は眠る。水車の近くで！本当？🦊 Ünïcödé — naïve café. " * 12,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from method_calls import SHAPES, check_executors, chosen_mask, make_call, make_method
-from oracles import heads_of, tiles_of
+from oracles import forced, heads_of, own, room, tiles_of
 from torch import Tensor
 
 from hfpatch.core import sampling as module
@@ -38,23 +38,21 @@ def reference(
                 n = min(queries, block_q)
                 picks = [min(tile[0] + (m + 1) * block_q // n - 1, call.Lq - 1) for m in range(n)]
                 weights = sum(attention(call, b, h, i, pool) for h in heads for i in picks) / (len(heads) * n)
-                first, last = call.off + tile[0], call.off + tile[-1]
-                blocks = [range(a, min(a + block_k, call.Lk)) for a in range(0, last + 1, block_k)]
-                mass = {j: float(weights[list(keys)].sum()) for j, keys in enumerate(blocks)}
-                forced = {
-                    j for j in mass
-                    if j < sink_blocks or j > last // block_k - window_blocks or (j + 1) * block_k > first + 1
-                }  # fmt: skip
-                order = sorted(mass, key=lambda j: (j not in forced, -mass[j]))
+                last = call.off + tile[-1]
+                blocks = [list(range(a, min(a + block_k, call.Lk))) for a in range(0, call.Lk, block_k)]
+                mass = {j: float(weights[keys].sum()) for j, keys in enumerate(blocks) if keys[0] <= last}
+                mine = len(own(call, tile, blocks))
+                most = None if budget is None else room(call, tile, blocks, budget, floor)
+                always = forced(call, tile, blocks, sink_blocks, window_blocks, most)
+                order = sorted(mass, key=lambda j: (j not in always, -mass[j]))
                 count, so_far = 0, 0.0
                 while count < len(order) and so_far < top_p * sum(mass.values()) - 1e-7:
                     so_far, count = so_far + mass[order[count]], count + 1
-                if budget is not None:
-                    cap = budget if isinstance(budget, int) else budget * (last + 1)
-                    count = min(count, -(-cap // block_k) if isinstance(budget, int) else -int(-cap // block_k))
-                count = max(count, len(forced), -(-floor // block_k))
-                for j in order[: int(count)]:
-                    keys = torch.tensor(list(blocks[j]))
+                count = max(count, len(always), min(mine + room(call, tile, blocks, 0.0, floor), len(mass)))
+                if most is not None:
+                    count = min(count, mine + most)
+                for j in order[:count]:
+                    keys = torch.tensor(blocks[j])
                     for h in heads:
                         for i in tile:
                             keep[b, h, i, keys[keys <= call.off + i]] = True
@@ -69,10 +67,10 @@ def test_equals_the_formula(shape, share, extra):
     for queries, pool, bq, bk, floor, budget in [
         (4, 1, 16, 16, 0, None), (1, 1, 8, 4, 24, 0.3), (3, 4, 32, 8, 16, 40), (99, 2, 8, 16, 0, 0.25)
     ]:  # fmt: skip
-        own = dict(queries=queries, pool=pool, top_p=0.7, floor=floor, budget=budget, block_q=bq, block_k=bk)
-        own |= dict(sink_blocks=1, window_blocks=1, head_sharing=share)
-        method = make_method("sampled", min_length=0, **own)
-        assert torch.equal(chosen_mask(method, call), reference(call, **own))
+        settings = dict(queries=queries, pool=pool, top_p=0.7, floor=floor, budget=budget, block_q=bq, block_k=bk)
+        settings |= dict(sink_blocks=1, window_blocks=1, head_sharing=share)
+        method = make_method("sampled", min_length=0, **settings)
+        assert torch.equal(chosen_mask(method, call), reference(call, **settings))
         check_executors(method, call)
 
 
@@ -121,5 +119,3 @@ def test_a_needle_that_one_query_looks_for_is_found():
 def test_settings_that_do_not_fit():
     with pytest.raises(ConfigError, match="must divide"):
         make_method("sampled", pool=24)
-    with pytest.raises(ConfigError, match="below floor"):
-        make_method("sampled", budget=256)

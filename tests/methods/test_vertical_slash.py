@@ -10,6 +10,7 @@ from oracles import vertical_slash
 
 from hfpatch import PatchConfig, patched
 from hfpatch.errors import ConfigError
+from hfpatch.methods.vertical_slash import line_sums
 
 OWN = dict(estimate=16, sink=3, local=6)
 
@@ -74,3 +75,21 @@ def test_head_config_must_fit(tmp_path):
         make_method("vertical_slash", head_config=head_file(tmp_path / "b.json", kind="block_sparse"))
     with pytest.raises(ConfigError, match="cannot be read"):
         make_method("vertical_slash", head_config=str(tmp_path / "none.json"))
+
+
+def test_a_budget_drops_the_blocks_whose_lines_got_least():
+    """Of a tile and a block that column c and diagonals d, d + 1 meet: weight of c plus the mean of both diagonals."""
+    call = make_call(SHAPES["L111-gqa4"])
+    own = dict(OWN, block_q=8, block_k=8, min_length=0, vertical=24, slash=40)
+    lines = make_method("vertical_slash", **own).select(call).block_mask(call.layout)
+    few = make_method("vertical_slash", budget=32, **own).select(call).block_mask(call.layout)
+    assert torch.equal(few & lines, few) and bool((few.sum(-1) <= 4).all()) and not torch.equal(few, lines)
+    columns, diagonals = (
+        torch.nn.functional.pad(x.unflatten(1, (2, -1)).sum(2), (0, 1)).unflatten(-1, (-1, 8)).sum(-1)
+        for x in line_sums(call, OWN["estimate"])
+    )
+    for b, h, n in [(0, 0, 13), (1, 1, 9), (2, 0, 6)]:
+        score = {m: columns[b, h, m] + diagonals[b, h, n - m - 1 : n - m + 1].mean() for m in range(n)}
+        left = [m for m in range(1, n) if lines[b, h, n, m]]
+        kept = [m for m in left if few[b, h, n, m] and m < n - 1]  # the sink, the nearest and its own are forced
+        assert all(score[m] >= score[x] for m in kept for x in left if not few[b, h, n, x])

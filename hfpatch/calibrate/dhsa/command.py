@@ -7,9 +7,9 @@ import typer
 
 from ...cli.options import LAST_SEED, LONGEST, Device, Dtype, Model, number
 from ...config.patch_config import CONFIG_FILE, TENSOR_FILE
-from ...files.output import own_folder
-from ..training_state import STATE_FILE
-from .training import Recipe, calibrate_dhsa, haystack_texts
+from ..options import Fresh
+from ..unfinished import calibration_folder
+from .training import Recipe, calibrate_dhsa, haystack_texts, training_steps
 
 
 def dhsa(
@@ -29,9 +29,8 @@ def dhsa(
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Annotated[int, number("Seed of texts, weights and order.", 0, LAST_SEED)] = 42,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew instead of continuing a run in the folder.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Save it even if it learned nothing.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Train the boundary predictor of `dhsa` for a model; prints its F1 on texts kept aside."""
     from hfpatch.evals.run.models import check_length, load_model
@@ -40,15 +39,15 @@ def dhsa(
 
     quieten()
     recipe = Recipe(labels=labels, length=length, epochs=epochs, rate=rate, width=width or None, seed=seed)
-    with own_folder(out, (CONFIG_FILE, TENSOR_FILE, STATE_FILE)):
+    with calibration_folder(out, (CONFIG_FILE, TENSOR_FILE)):
         loaded = load_model(model, dtype, device)
         check_length(loaded, length)
         drawn = haystack_texts(text, texts, length, loaded.tokenizer, seed)
-        steps = epochs * (texts - max(1, round(texts * recipe.validation)))
+        steps = training_steps(loaded.tokenizer, drawn, recipe)
         with progress("boundary predictor", steps) as advance:
             quality = calibrate_dhsa(
-                loaded.model, loaded.tokenizer, drawn, out, recipe, resume=not fresh, advance=advance
-            )  # fmt: skip
+                loaded.model, loaded.tokenizer, drawn, out, recipe, resume=not fresh, force=force, advance=advance
+            )
     console.print(f"validation: {quality}")
     console.print(f"written to {out}; use it with --patch {out} or --patch dhsa:boundaries=predictor,predictor={out}")
 

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,23 @@ from ...api import patched
 from ...config.patch_config import PatchConfig
 from ...core.call import AttentionCall
 from ...core.selection import Selection
-from ...errors import ConfigError
+from ...errors import ConfigError, NothingLearnedError
 from ...methods.dhsa.labels import mass_ratio, sentence_starts, targets
 from ...methods.dhsa.method import Dhsa, DhsaConfig
 from ...methods.dhsa.predictor import BoundaryPredictor
-from ..training_state import STATE_FILE, load_state, of_this_model, save_state
+from ..unfinished import (
+    Part,
+    Unfinished,
+    data_mark,
+    finish,
+    model_mark,
+    optimizer_tensors,
+    restore_optimizer,
+    under,
+    with_prefix,
+)
+from .quality import FEWEST, LEAST, Counts, Quality
 
-STATE = ("step", "samples", "recipe", "layers", "predictor", "optimizer")
-GRID = torch.arange(-30, 31) / 10
 LABELS = ("sentences", "mass")
 Advance = Callable[[], None]
 Sample = tuple[Tensor, Tensor | None]
@@ -50,25 +58,7 @@ class Recipe:
     gamma: float = 2.0
     positive_weight: float = 1.3
     validation: float = 0.1
-    save_every: int = 50
     seed: int = 42
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Exact-position score of the predictor on the texts kept aside, at the logit `threshold` with the best F1."""
-
-    threshold: float
-    precision: float
-    recall: float
-    f1: float
-    positives: float
-
-    def __str__(self) -> str:
-        return (
-            f"F1 {self.f1:.3f} (precision {self.precision:.3f}, recall {self.recall:.3f}) at logit "
-            f"{self.threshold:.2f}; {self.positives:.1%} of positions are boundaries"
-        )
 
 
 def focal_loss(logits: Tensor, wanted: Tensor, gamma: float = 2.0, positive_weight: float = 1.3) -> Tensor:
@@ -103,37 +93,60 @@ def calibrate_dhsa(
     *,
     layers: int | str | list[int] | None = None,
     resume: bool = True,
-    advance: Advance | None = None,
+    force: bool = False,
+    advance: Advance = lambda: None,
 ) -> Quality:
     """Train a boundary predictor for `model` on `texts` and write it to the folder `out` as a patch config.
 
-    Continues an interrupted run of the same recipe when `resume`. To use it, patch with
-    `PatchConfig.from_pretrained(out)`, or "dhsa" with boundaries="predictor" and predictor=out. Raises ConfigError.
+    Continues an interrupted run of the same model, texts and recipe when `resume`. To use it, patch with
+    `PatchConfig.from_pretrained(out)`, or "dhsa" with boundaries="predictor" and predictor=out. Raises ConfigError,
+    and NothingLearnedError when it is no better than a constant, unless `force`.
     """
     r, out = recipe or Recipe(), Path(out)
+    training, validation = _parted(tokenizer, texts, r, next(model.parameters()).device)
+    run = _Run(model, r, layers, out, training, validation)
+    before = run.load() if resume else 0
+    for _ in range(before):
+        advance()
+    with run.kept.keeping(run.part):
+        for step, sample in enumerate(_schedule(training, r)):
+            if step >= before:
+                run.step(sample)
+                advance()
+        quality = run.validate(validation)
+        if not quality.learned and not force:
+            run.kept.save()
+            raise NothingLearnedError(
+                f"Nothing was saved, for the predictor learned next to nothing: {quality}. All of that interval has "
+                f"to lie above {LEAST:.0%}, from {FEWEST} blocks or more; give more texts, more epochs or another "
+                "rate with --fresh, or repeat the command with --force to save this one."
+            )
+        config = DhsaConfig(
+            boundaries="predictor", threshold=quality.threshold, boundary_window=r.window, layers=layers
+        )
+        tensors = with_prefix("0.", run.predictor.tensors())
+        name = getattr(getattr(model, "config", None), "name_or_path", None) or None
+        PatchConfig([config], name, tensors).save_pretrained(out)
+    finish(out)
+    return quality
+
+
+def training_steps(tokenizer: Any, texts: Sequence[str], recipe: Recipe) -> int:
+    """How often `calibrate_dhsa` advances on these texts."""
+    return recipe.epochs * len(_parted(tokenizer, texts, recipe, torch.device("cpu"))[0])
+
+
+def _parted(
+    tokenizer: Any, texts: Sequence[str], r: Recipe, device: torch.device
+) -> tuple[list[Sample], list[Sample]]:
+    """Samples to train on, and those kept aside. Raises ConfigError."""
     if r.labels not in LABELS:
         raise ConfigError(f"There are no labels {r.labels!r}; choose one of {', '.join(LABELS)}.")
-    samples = _tokenise(tokenizer, texts, r, next(model.parameters()).device)
+    samples = _tokenise(tokenizer, texts, r, device)
     aside = max(1, round(len(samples) * r.validation))
-    training, validation = samples[aside:], samples[:aside]
-    if not training:
+    if len(samples) <= aside:
         raise ConfigError(f"{len(samples)} of the texts have {8 * r.window} tokens or more; give at least two.")
-    run = _Run(model, r, layers, out)
-    done = run.load(len(training)) if resume else 0
-    for step, sample in enumerate(_schedule(training, r)):
-        if step >= done:
-            run.step(sample)
-            if (step + 1) % r.save_every == 0:
-                run.save(step + 1, len(training))
-        if advance is not None:
-            advance()
-    quality = run.validate(validation)
-    config = DhsaConfig(boundaries="predictor", threshold=quality.threshold, boundary_window=r.window, layers=layers)
-    tensors = {f"0.{name}": t for name, t in run.predictor.tensors().items()}
-    name = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    PatchConfig([config], name, tensors).save_pretrained(out)
-    (out / STATE_FILE).unlink(missing_ok=True)
-    return quality
+    return samples[aside:], samples[:aside]
 
 
 def _tokenise(tokenizer: Any, texts: Sequence[str], r: Recipe, device: torch.device) -> list[Sample]:
@@ -165,10 +178,16 @@ def _schedule(samples: list[Sample], r: Recipe) -> Iterator[Sample]:
 class _Run:
     """Predictor, optimiser and where they are saved."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, layers: Any, out: Path) -> None:
-        self.model, self.recipe, self.layers, self.out = model, recipe, layers, out
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, layers: Any, out: Path, training: list[Sample], aside: list[Sample]
+    ) -> None:
+        self.model, self.recipe, self.layers = model, recipe, layers
         self._predictor: BoundaryPredictor | None = None
-        self._restored: dict[str, Any] | None = None
+        self._restored: dict[str, Tensor] | None = None
+        every = [t for sample in (*training, *aside) for t in sample if t is not None]
+        what = {"calibration": "dhsa", "recipe": vars(recipe), "layers": layers}
+        marks = {"model": model_mark(model), "texts": data_mark(every)}
+        self.kept = Unfinished(out, {**what, **marks}, "steps", recipe.epochs * len(training))
 
     @property
     def predictor(self) -> BoundaryPredictor:
@@ -187,9 +206,9 @@ class _Run:
         self._predictor = made.to(call.k.device)
         self._optimizer = torch.optim.Adam(made.parameters(), lr=r.rate)
         if self._restored is not None:
-            with of_this_model(self.out):
-                made.load_state_dict(self._restored["predictor"])
-                self._optimizer.load_state_dict(self._restored["optimizer"])
+            with self.kept.fitting():
+                made.load_state_dict(under("predictor.", self._restored))
+                restore_optimizer(self._optimizer, under("optimizer.", self._restored))
 
     def step(self, sample: Sample) -> None:
         """One optimiser step on one text, the mean loss over all layers."""
@@ -205,7 +224,8 @@ class _Run:
         for p in self.predictor.parameters():
             if p.grad is not None:
                 p.grad /= max(1, calls)
-        self._optimizer.step()
+        with self.kept.step():
+            self._optimizer.step()
         self._optimizer.zero_grad()
 
     def _logits_and_targets(self, call: AttentionCall, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -225,46 +245,28 @@ class _Run:
     @torch.no_grad()
     def validate(self, samples: list[Sample]) -> Quality:
         """Precision, recall and F1 over all layers of the texts kept aside."""
-        counts = torch.zeros(3, len(GRID), dtype=torch.float64)
-        total = 0
-
-        def count(call: AttentionCall, wanted: Tensor | None) -> None:
-            nonlocal total
-            logits, labels = (t.cpu() for t in self._logits_and_targets(call, wanted))
-            valid = ~labels.isnan() & logits.isfinite()
-            x, y = logits[valid], labels[valid] > 0.5
-            found = x[None] > GRID[:, None]
-            counts.add_(torch.stack([(found & y).sum(1), found.sum(1), y.sum().expand(len(GRID))]))
-            total += len(x)
-
+        counts = Counts()
         for ids, wanted in samples:
-            self._each_call(ids, partial(count, wanted=wanted), train=False)
-        hit, found, real = counts
-        precision, recall = hit / found.clamp_min(1), hit / real.clamp_min(1)
-        f1 = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
-        n = int(f1.argmax())
-        share = real / max(1, total)
-        return Quality(*(round(float(t[n]), 4) for t in (GRID, precision, recall, f1, share)))
 
-    def save(self, step: int, samples: int) -> None:
-        """Write what a resumed run needs."""
-        data = {
-            "step": step, "samples": samples, "recipe": vars(self.recipe), "layers": self.layers,
-            "predictor": self.predictor.state_dict(), "optimizer": self._optimizer.state_dict(),
-        }  # fmt: skip
-        save_state(self.out, data)
+            def count(call: AttentionCall, wanted: Tensor | None = wanted) -> None:
+                logits, labels = self._logits_and_targets(call, wanted)
+                counts.add(call.layer, logits.cpu(), labels.cpu())
 
-    def load(self, samples: int) -> int:
-        """Steps done by an interrupted run in this folder; 0 if there is none. Raises ConfigError if it differs."""
-        data = load_state(self.out, STATE)
-        if data is None:
-            return 0
-        if (data["recipe"], data["samples"], data["layers"]) != (vars(self.recipe), samples, self.layers):
-            raise ConfigError(
-                f"{self.out} holds an unfinished run with other settings; use another folder or --fresh."
-            )
-        self._restored = data
-        return int(data["step"])
+            counts.text(ids.shape[1])
+            self._each_call(ids, count, train=False)
+        return counts.quality()
+
+    def part(self) -> Part:
+        """What a resumed run needs."""
+        found = with_prefix("predictor.", self.predictor.state_dict())
+        return {}, {**found, **with_prefix("optimizer.", optimizer_tensors(self._optimizer))}
+
+    def load(self) -> int:
+        """Steps done by an interrupted run in the folder; 0 if there is none. Raises ConfigError if it is another."""
+        found = self.kept.load()
+        if found is not None:
+            self._restored = found[1]
+        return self.kept.done
 
 
 def haystack_texts(source: str, count: int, tokens: int, tokenizer: Any, seed: int = 0) -> list[str]:

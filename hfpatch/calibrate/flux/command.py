@@ -11,15 +11,16 @@ from ...cli.options import LAST_SEED, LONGEST, Device, Dtype, Model, number
 from ...config.patch_config import CONFIG_FILE, TENSOR_FILE, PatchConfig
 from ...errors import ConfigError
 from ...files.json_text import load_json
-from ...files.output import own_folder
 from ...launch import launched
 from ...methods.flux.method import FluxConfig
 from ...methods.flux.published import projection_difference, read_published
-from ..training_state import STATE_FILE
-from .examples import Example, built_in_examples, read_examples
+from ..options import Fresh
+from ..unfinished import calibration_folder, finish
+from .examples import built_in_examples, read_examples
 from .ranking import rank_layers
 from .training import Recipe, Trainer
 
+RANKED = 32  # texts
 ROUTERS = ("learned", "error", "entropy")
 Tell = Callable[[str], None]
 
@@ -48,7 +49,7 @@ def flux(
     seed: Annotated[int, number("Seed of examples, weights and order.", 0, LAST_SEED)] = 0,
     dtype: Dtype = "float32",
     device: Device = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew instead of continuing a run.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Train Flux's routers for a model, or rank its layers; prints loss and sparsity by kind of task.
 
@@ -89,13 +90,20 @@ def flux(
             _tell_checks(trainer.checks, targets, console.print)
         else:
             ranked = FluxConfig(router="entropy", sparsity=target_sparsity, **branch)
-            _rank(loaded.model, model, drawn[:32], ranked, router, out, console.print)
+            texts = [e.ids for e in drawn[:RANKED]]
+            with progress("texts", len(texts)) as advance:
+                scores = rank_layers(
+                    loaded.model, texts, ranked, router, out=out, resume=not fresh, advance=advance
+                )  # fmt: skip
+            PatchConfig([ranked], model, {"0.ranking": scores}).save_pretrained(out)
+            console.print(f"scores by layer: {[round(float(s), 4) for s in scores]}")
+        finish(out)
     console.print(f"written to {out}; use it with --patch {out}")
 
 
 def _folder(out: Path) -> AbstractContextManager[None]:
     """The folder, of the one process of a launch that writes."""
-    return nullcontext() if launched().rank else own_folder(out, (CONFIG_FILE, TENSOR_FILE, STATE_FILE))
+    return nullcontext() if launched().rank else calibration_folder(out, (CONFIG_FILE, TENSOR_FILE))
 
 
 def _settings(text: str) -> dict[str, Any]:
@@ -113,14 +121,6 @@ def _convert(folder: Path, config: FluxConfig, name: str, model: Any, out: Path,
     tell("converted by name and shape only; this has not been tested on a real checkpoint")
     if change := projection_difference(folder, model):
         tell(f"its projections differ from those of MODEL by up to {change:.1%}: it is another model")
-
-
-def _rank(
-    model: Any, name: str, examples: Sequence[Example], config: FluxConfig, by: str, out: Path, tell: Tell
-) -> None:
-    scores = rank_layers(model, [e.ids for e in examples], config, by=by)
-    PatchConfig([config], name, {"0.ranking": scores}).save_pretrained(out)
-    tell(f"scores by layer: {[round(float(s), 4) for s in scores]}")
 
 
 def _tell_checks(checks: Sequence[dict[str, float]], kinds: Iterable[str], tell: Tell) -> None:

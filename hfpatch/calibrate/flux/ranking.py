@@ -1,6 +1,7 @@
 """Training-free rankings of layers for `flux`: which need full attention most."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ...core.call import AttentionCall
 from ...core.method import Method
 from ...methods.flux.method import Flux, FluxConfig
 from ...ops import attend
+from ..unfinished import Unfinished, data_mark, model_mark
 
 
 def matrix_entropy(hidden: Tensor, top: int = 64) -> Tensor:
@@ -27,7 +29,7 @@ class _Probe(Method):
     def __init__(self, config: FluxConfig, by: str, layers: int) -> None:
         super().__init__(config)
         self.child, self.by = Flux(config).child, by
-        self.total, self.calls = torch.zeros(layers), torch.zeros(layers)
+        self.seen = torch.zeros(2, layers)  # sums of scores, and how many
 
     def observe(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
         if self.by == "entropy":
@@ -40,18 +42,41 @@ class _Probe(Method):
                 call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap, sinks=call.sinks
             ).out
             score = (sparse.float() - out.float()).norm() / out.float().norm()
-        self.total[call.layer] += score.cpu()
-        self.calls[call.layer] += 1
+        self.seen[:, call.layer] += torch.stack([score.float().cpu(), torch.ones(())])
 
 
 @torch.no_grad()
-def rank_layers(model: Any, texts: Sequence[Tensor], config: FluxConfig, by: str = "error") -> Tensor:
+def rank_layers(
+    model: Any,
+    texts: Sequence[Tensor],
+    config: FluxConfig,
+    by: str = "error",
+    *,
+    out: Path | None = None,
+    resume: bool = True,
+    advance: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Scores `[layers]`, highest for layers to keep full: output error of the sparse branch, or matrix entropy.
 
-    `texts` are token ids `[L]`. Entropy is the paper's appendix C; the output error is ours.
+    `texts` are token ids `[L]`. Entropy is the paper's appendix C; the output error is ours. In the folder `out` an
+    interrupted ranking leaves its sums, and goes on from there when `resume`. Raises ConfigError.
     """
     probe = _Probe(config, by, model.config.get_text_config().num_hidden_layers)
-    with patched_with(model, [probe]):
-        for ids in texts:
+    run = {"calibration": "flux", "ranking": by, "sparse": config.to_dict()}
+    marks = {"model": model_mark(model), "examples": data_mark(texts)}
+    kept = Unfinished(out, {**run, **marks}, "texts", len(texts))
+    sums = torch.zeros_like(probe.seen)
+    if resume and (found := kept.load()):
+        with kept.fitting():
+            sums.copy_(found[1]["sums"])
+    for _ in range(kept.done):
+        advance()
+    with patched_with(model, [probe]), kept.keeping(lambda: ({}, {"sums": sums})):
+        for ids in texts[kept.done :]:
+            probe.seen.zero_()
             model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
-    return probe.total / probe.calls.clamp_min(1)
+            with kept.step():
+                sums += probe.seen
+            advance()
+        kept.save()
+    return sums[0] / sums[1].clamp_min(1)

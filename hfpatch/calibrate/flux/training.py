@@ -13,17 +13,23 @@ from torch.nn import functional as F
 
 from ...api import patched_with
 from ...config.patch_config import PatchConfig
-from ...core.call import AttentionCall
-from ...core.method import Method
 from ...errors import ConfigError
-from ...methods.flux.method import Flux, FluxConfig
-from ...methods.flux.router import FULL, Routers, pool_ends
-from ...ops import attend
-from ..training_state import load_state, of_this_model, save_state
+from ...methods.flux.method import FluxConfig
+from ...methods.flux.router import Routers
+from ..unfinished import (
+    Part,
+    Unfinished,
+    data_mark,
+    model_mark,
+    optimizer_tensors,
+    restore_optimizer,
+    under,
+    with_prefix,
+)
 from .examples import Example
 from .processes import Processes
+from .soft import Constraint, SoftFlux
 
-STATE = ("step", "settings", "history", "checks", "routers", "constraint", "optimizer", "standard")
 _STANDARD = 32
 
 
@@ -45,82 +51,6 @@ class Recipe:
     clip: float = 5.0
     seed: int = 0
     save_every: int = 50
-
-
-class Constraint(nn.Module):
-    """Lagrangian `l1 * d + l2 * d^2` with d = sparsity - target, per kind; the multipliers climb.
-
-    l1 takes either sign and l2 stays positive, so that the penalty pulls to the target from both sides; the paper's
-    l1 >= 0 would only push sparsity down.
-    """
-
-    def __init__(self, targets: Mapping[str, float]) -> None:
-        super().__init__()
-        self.targets = dict(targets)
-        self.linear = nn.ParameterDict({k: nn.Parameter(torch.zeros(())) for k in targets})
-        self.quadratic = nn.ParameterDict({k: nn.Parameter(torch.ones(())) for k in targets})
-
-    def forward(self, sparsity: Tensor, kind: str) -> Tensor:
-        """Penalty of a sparsity (share of layers routed sparse)."""
-        d = sparsity - self.targets[kind]
-        return self.linear[kind] * d + self.quadratic[kind].clamp_min(0) * d.square()
-
-    @torch.no_grad()
-    def climb(self, rate: float) -> None:
-        """One step of gradient ascent on the multipliers; clears their gradients."""
-        for p in self.parameters():
-            if p.grad is not None:
-                p.add_(p.grad, alpha=rate)
-                p.grad = None
-
-
-class SoftFlux(Method):
-    """Mixes both branches by the routers' Gumbel-softmax, hard forward and soft backward; without noise by argmax.
-
-    The routers read the first `prompt` tokens of each text, as they do at inference, standardised by `standard`: a
-    mean and a scale `[2, D]` per layer. While `gathered` is a dict it only collects what they would read.
-    """
-
-    needs = frozenset({"q_pre_rope"})
-
-    def __init__(self, config: FluxConfig, routers: Routers) -> None:
-        super().__init__(config)
-        self.routers, self.pool = routers, config.pool
-        self.child = Flux(config).child
-        self.temperature, self.prompt = 1.0, 0
-        self.noise: torch.Generator | None = None
-        self.standard: dict[int, Tensor] = {}
-        self.gathered: dict[int, list[Tensor]] | None = None
-        self.full_share: list[Tensor] = []
-
-    def output(self, call: AttentionCall, out: Tensor) -> Tensor:
-        selection = self.child.select(call) if "prefill" in self.child.acts_in else None
-        if selection is None or call.q_pre_rope is None or call.phase == "decode":
-            return out
-        pooled = pool_ends(call.q_pre_rope[:, : self.prompt or None], self.pool)
-        if self.gathered is not None:
-            self.gathered.setdefault(call.layer, []).append(pooled)
-            return out
-        if call.layer in self.standard:
-            pooled = (pooled - self.standard[call.layer][0]) / self.standard[call.layer][1]
-        logits = self.routers[call.layer](pooled)
-        if self.noise is not None:
-            uniform = torch.rand(logits.shape, generator=self.noise).clamp(1e-9, 1 - 1e-9).to(logits.device)
-            logits = logits - torch.log(-torch.log(uniform))
-        soft = (logits / self.temperature).softmax(-1)[:, FULL]
-        hard = (soft > 0.5).float()
-        self.full_share.append(soft if self.noise is not None else hard)
-        gate = (hard + soft - soft.detach())[:, None, None, None].to(out.dtype)
-        sparse = attend(
-            call.q, call.k, call.v, selection=selection, scale=call.scale, softcap=call.softcap, sinks=call.sinks
-        )
-        return gate * out + (1 - gate) * sparse.out
-
-    def take_sparsity(self) -> Tensor:
-        """Mean share routed sparse since the last call, with gradient."""
-        share = 1 - torch.cat(self.full_share).mean() if self.full_share else torch.zeros(())
-        self.full_share = []
-        return share
 
 
 def answer_loss(model: Any, example: Example) -> Tensor:
@@ -175,15 +105,20 @@ class Trainer:
             p.requires_grad_(False)
         try:
             with patched_with(self.model, [self.soft]):
-                first = self._load() if resume else 0
-                if not self.soft.standard:
-                    self._standardise()
-                for step in range(first, self.recipe.steps):
-                    self._step(step)
+                kept = self._unfinished()
+                if resume:
+                    self._load(kept)
+                for _ in range(kept.done):
                     advance()
-                    if (step + 1) % self.recipe.save_every == 0 or step + 1 == self.recipe.steps:
-                        self._check(step + 1)
-                        self._save(step + 1)
+                with kept.keeping(self._part):
+                    if not self.soft.standard:
+                        self._standardise()
+                    for step in range(kept.done, self.recipe.steps):
+                        self._check(step)
+                        self._step(step, kept)
+                        advance()
+                    self._check(self.recipe.steps)
+                    kept.save()
         finally:
             for p, flag in frozen:
                 p.requires_grad_(flag)
@@ -213,7 +148,7 @@ class Trainer:
             self.soft.standard[layer] = torch.stack([x.mean(0), scale.expand(x.shape[1])])
         self.soft.gathered = None
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int, kept: Unfinished) -> None:
         r = self.recipe
         done = step / r.steps
         self.soft.temperature = r.cold + (r.hot - r.cold) * 0.5 * (1 + math.cos(math.pi * min(1.0, done / 0.6)))
@@ -234,9 +169,10 @@ class Trainer:
             found.append((batch[n].kind, float(loss.detach()), float(sparsity.detach())))
         self.processes.add_gradients([*self.routers.parameters(), *self.constraint.parameters()])
         nn.utils.clip_grad_norm_(self.routers.parameters(), r.clip)
-        self.optimizer.step()
-        self.constraint.climb(r.multiplier_rate * r.batch)
-        self.history.append({"step": float(step), **_means(found)})
+        with kept.step():
+            self.optimizer.step()
+            self.constraint.climb(r.multiplier_rate * r.batch)
+            self.history.append({"step": float(step), **_means(found)})
 
     def _one(self, example: Example) -> tuple[Tensor, Tensor]:
         self.soft.prompt = example.predict_from
@@ -244,6 +180,10 @@ class Trainer:
 
     @torch.no_grad()
     def _check(self, step: int) -> None:
+        """Route what was kept aside, where that is due after so many steps and has not been done."""
+        due = step and (step % self.recipe.save_every == 0 or step == self.recipe.steps)
+        if not due or step in [c["step"] for c in self.checks]:
+            return
         self.soft.noise = None
         found = []
         for example in self.held_out:
@@ -252,33 +192,37 @@ class Trainer:
         if found:
             self.checks.append({"step": float(step), **_means(found)})
 
-    def _settings(self) -> dict[str, Any]:
-        counts = {kind: len(some) for kind, some in self.examples.items()}
-        return {"recipe": asdict(self.recipe), "config": self.config.to_dict(), "examples": counts}
-
-    def _save(self, step: int) -> None:
-        if not self.processes.first:
-            return
-        data = {
-            "step": step, "settings": self._settings(), "history": self.history, "checks": self.checks,
-            "routers": self.routers.state_dict(), "constraint": self.constraint.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "standard": self.soft.standard,
+    def _unfinished(self) -> Unfinished:
+        every = [e for some in (*self.examples.values(), self.held_out) for e in some]
+        words = [(e.predict_from, e.kind) for e in every]
+        run = {
+            "calibration": "flux", "recipe": asdict(self.recipe), "sparse": self.config.to_dict(),
+            "model": model_mark(self.model), "examples": data_mark([e.ids for e in every], words),
         }  # fmt: skip
-        save_state(self.out, data)
+        return Unfinished(self.out, run, "steps", self.recipe.steps, writes=self.processes.first)
 
-    def _load(self) -> int:
-        data = load_state(self.out, STATE, self.model.device)
-        if data is None:
-            return 0
-        if data["settings"] != self._settings():
-            raise ConfigError(f"{self.out} holds a run with other settings; use another folder, or --fresh.")
-        with of_this_model(self.out):
-            self.routers.load_state_dict(data["routers"])
-            self.constraint.load_state_dict(data["constraint"])
-            self.optimizer.load_state_dict(data["optimizer"])
-            self.soft.standard = dict(data["standard"])
-        self.history, self.checks = list(data["history"]), list(data["checks"])
-        return int(data["step"])
+    def _part(self) -> Part:
+        tensors = {
+            **with_prefix("routers.", self.routers.state_dict()),
+            **with_prefix("constraint.", self.constraint.state_dict()),
+            **with_prefix("optimizer.", optimizer_tensors(self.optimizer)),
+            **{f"standard.{layer}": t for layer, t in self.soft.standard.items()},
+        }
+        return {"history": self.history, "checks": self.checks}, tensors
+
+    def _load(self, kept: Unfinished) -> None:
+        part = kept.load()
+        if part is None:
+            return
+        data, tensors = part[0], {name: t.to(self.model.device) for name, t in part[1].items()}
+        with kept.fitting():
+            self.routers.load_state_dict(under("routers.", tensors))
+            self.constraint.load_state_dict(under("constraint.", tensors))
+            restore_optimizer(self.optimizer, under("optimizer.", tensors))
+            self.soft.standard = {int(n): t for n, t in under("standard.", tensors).items()}
+            self.history, self.checks = (
+                [{"step": float(line["step"]), **line} for line in data[k]] for k in ("history", "checks")
+            )
 
 
 def _means(found: Iterable[tuple[str, float, float]]) -> dict[str, float]:

@@ -19,6 +19,12 @@ class DhsaConfig(MethodConfig):
 
     method: ClassVar[str] = "dhsa"
     budget: int | float = option(2048, "tokens every query block may see, or a share of the keys", gt=0, share=True)
+    decode_budget: int | float | None = option(
+        None, "tokens or share of the keys that a decode step may see; as `budget` when None", gt=0, share=True
+    )
+    decode_min_length: int | None = option(
+        None, "decode steps with fewer keys run dense; None: 8 budgets of 1024 tokens or more, else 0", ge=0
+    )
     sink: int = option(64, "first tokens, always visible, inside the budget", ge=0)
     local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
     block_q: int | None = option(
@@ -34,8 +40,8 @@ class DhsaConfig(MethodConfig):
         "group", "one selection per key-value group, or one for all heads", choices=("group", "all"), old="heads"
     )
     score: str = option(
-        "mass",
-        "what chunks are ranked by: mean queries and keys, or a few real queries and all keys in prefill ('queries'); "
+        "queries",
+        "what chunks are ranked by: some real queries of the block and all keys ('queries'), or means of both; "
         "'mean' is the paper's",
         choices=RULES,
     )
@@ -63,6 +69,11 @@ class DhsaConfig(MethodConfig):
                 f"dhsa: budget={self.budget} has no room for sink + local + {block} = {self.least} tokens; "
                 "raise it or lower one of these."
             )
+        if isinstance(self.decode_budget, int) and self.decode_budget <= self._around:
+            raise ConfigError(
+                f"dhsa: decode_budget={self.decode_budget} has no room for sink + local + the token itself = "
+                f"{self._around + 1} tokens; raise it or lower one of these."
+            )
         if self.boundaries == "fixed" and self.chunk % self.align:
             raise ConfigError(f"dhsa: chunk={self.chunk} must be a multiple of align={self.align}.")
         if self.block_q and self.block_q % self.align:
@@ -82,10 +93,21 @@ class DhsaConfig(MethodConfig):
     def _around(self) -> int:
         return self.sink + self.local + (3 * self.align if self.align > 1 else 0)
 
-    def units(self, keys: int) -> int:
-        """Budget in units of `align` tokens for a call with `keys` keys."""
-        wanted = self.budget if isinstance(self.budget, int) else max(self.least, math.ceil(self.budget * keys))
+    def units(self, keys: int, decode: bool = False) -> int:
+        """Budget in units of `align` tokens for a call with `keys` keys, a decode step or not."""
+        budget, least = self.budget, self.least
+        if decode and self.decode_budget is not None:
+            budget, least = self.decode_budget, self._around + 1
+        wanted = budget if isinstance(budget, int) else max(least, math.ceil(budget * keys))
         return -(-wanted // self.align)
+
+    @property
+    def sparse_decode_from(self) -> int:
+        """Keys from which decode steps are sparse: with fewer, choosing takes longer than it saves."""
+        budget = self.budget if self.decode_budget is None else self.decode_budget
+        if self.decode_min_length is not None:
+            return self.decode_min_length
+        return 8 * budget if isinstance(budget, int) and budget >= 1024 else 0
 
     def block(self, units: int) -> int:
         """Queries per block for a budget of `units`."""

@@ -78,8 +78,10 @@ class Dhsa(Method[DhsaConfig]):
         self.sharing = LayerSharing(s.layer_sharing, layers, s.layer_sharing_span)
 
     def notes(self) -> list[str]:
-        """Chunk counts and mean chunk length of the last call that cut chunks, layer by layer."""
-        return [
+        """What decode steps do, and chunk counts and mean lengths of the last call that cut chunks, layer by layer."""
+        least = self.config.sparse_decode_from if "decode" in self.acts_in else 0
+        told = [f"dhsa: decode steps with fewer than {least} keys run dense (decode_min_length)"] if least else []
+        return told + [
             f"dhsa: layer {layer}: {int(chunks)} chunks, {tokens / int(chunks):.1f} tokens on average"
             for layer, (chunks, tokens) in sorted(self._chunks.items())
         ]
@@ -98,8 +100,10 @@ class Dhsa(Method[DhsaConfig]):
 
     def _select(self, call: AttentionCall) -> Selection | None:
         c = self.config
-        units = c.units(call.Lk)
-        if call.Lk <= units * c.align or (c.phase == "prefill" and call.phase == "decode"):
+        decode = call.phase == "decode"
+        units = c.units(call.Lk, decode)
+        dense = decode and (c.phase == "prefill" or call.Lk < c.sparse_decode_from)
+        if dense or call.Lk <= units * c.align:
             return None
         return self.sharing.once("selection", call, (call.Lq, call.Lk), self._choose, call, units)
 
@@ -113,7 +117,7 @@ class Dhsa(Method[DhsaConfig]):
         dense = min(max(0, (units * align - off) // block * block), stop)
         if stop <= dense or off + stop <= units * align:
             return None
-        chunks = table.chunks(call.k, upto=off + stop - c.local)
+        chunks = table.bare if c.score == "queries" else table.chunks(call.k, upto=off + stop - c.local)
         begin = torch.arange(off + dense, off + stop, block, device=call.q.device)  # [nQ]
         score = self._score(call, chunks, begin, dense, stop, block)  # [B, H, nQ, C]
         if call.Lq > off:  # most of a prompt: the moments would lie idle while the other layers work
@@ -127,10 +131,10 @@ class Dhsa(Method[DhsaConfig]):
     def _score(self, call: AttentionCall, chunks: Chunks, begin: Tensor, start: int, stop: int, block: int) -> Tensor:
         """Scores `[B, H, nQ, C]` of the query blocks between queries `start` and `stop`, at positions `begin [nQ]`."""
         c, shared = self.config, self.config.head_sharing == "all"
-        if c.score == "queries" and block > 1:
+        if c.score == "queries":
             return score_by_queries(call, chunks, start, stop, block, c.queries or -(-block // 16), shared)
         q = pool_queries(call.q[:, :, start:stop], block)  # [B, Hq, nQ, D]
-        return score_chunks(q, chunks, "mass" if c.score == "queries" else c.score, begin, call.scale, shared)
+        return score_chunks(q, chunks, c.score, begin, call.scale, shared)
 
     def _room(self, begin: Tensor, end: Tensor, units: int, keys: int) -> Room:
         """The budget of query blocks at positions `begin .. end`, both `[nQ]`."""

@@ -83,6 +83,11 @@ class ChunkTable:
         starts = F.pad(self.starts, (0, 1), value=self.closed)
         return starts, F.pad(starts[:, 1:], (0, 1), value=self.seen)
 
+    @property
+    def bare(self) -> Chunks:
+        """All chunks, the open one last, for those who do not ask for moments."""
+        return Chunks(self.moments[:, :, :0], *self.spans, self.rotary)
+
     def chunks(self, k: Tensor, upto: int | None = None) -> Chunks:
         """All chunks with the moments of `k [B, Hkv, Lk, D]`, the open one last; zeros for empty ones.
 

@@ -82,7 +82,7 @@ class Flux(Method[FluxConfig]):
         self.retain = self._retain if config.crop_cache else None
         if config.crop_cache and not self._sees_a_window():
             raise ConfigError(
-                "flux: crop_cache=True goes with sparse='streaming' in both phases and last_queries=0, which alone "
+                "flux: crop_cache=True goes with sparse='streaming' in both phases and question_tokens=0, which alone "
                 "never looks back at dropped keys."
             )
         self.routers: Routers | None = None
@@ -94,7 +94,7 @@ class Flux(Method[FluxConfig]):
 
     def _sees_a_window(self) -> bool:
         c = self.child
-        return isinstance(c, Streaming) and c.config.phase == "both" and not c.config.last_queries
+        return isinstance(c, Streaming) and c.config.phase == "both" and not c.config.question_tokens
 
     @property
     def executor(self) -> str | None:

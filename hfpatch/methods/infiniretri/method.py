@@ -44,10 +44,11 @@ class InfiniRetriConfig(MethodConfig):
 class InfiniRetri(Method[InfiniRetriConfig]):
     """A loop around the model: read in chunks, keep sentences, answer from what was kept.
 
-    InfiniRetri, arXiv 2502.12962. Only the question rows of the last of `layers` with full attention are needed: the
-    model runs its own attention, no map is kept, and the layers above do not run while reading. `mode="faithful"`
-    takes the question's weights from the first chunk and caps nothing, like the reference code; `"fixed"` takes them
-    from each chunk and keeps to `keep_budget`. `get_patch(model).retrieve(context, question, tokenizer=...)` reads,
+    InfiniRetri, arXiv 2502.12962. Only the question rows of one layer with full attention are needed, the last of
+    `layers` or, when they are None, the one three fifths up: the model runs its own attention, no map is kept, and the
+    layers above do not run while reading. `mode="faithful"` looks at the last layer, takes the question's weights
+    from the first chunk and caps nothing, like the reference code; `"fixed"` takes them from each chunk and keeps to
+    `keep_budget`. `get_patch(model).retrieve(context, question, tokenizer=...)` reads,
     `.answer(found, tokenizer=...)` answers, and `.generate(context, question, ...)` does both.
     """
 
@@ -66,6 +67,8 @@ class InfiniRetri(Method[InfiniRetriConfig]):
         return type(self), (self.config,)
 
     def pick(self, layers: list[int]) -> list[int]:
+        if self.config.layers is None and self.config.mode == "fixed":
+            return [layers[len(layers) * 3 // 5]] if layers else []
         return layers[-1:]
 
     @torch.no_grad()
@@ -90,13 +93,16 @@ class InfiniRetri(Method[InfiniRetriConfig]):
         tokenizer: Any = None,
         state_file: str | None = None,
         progress: bool = True,
+        answer_prefix: str = "",
     ) -> Retrieval | list[Retrieval]:
         """Read `context` with `question` in mind and return the sentences kept.
 
         A list of questions over one context, or of pairs when `context` is a list, gives a list. `context` may be
-        an iterator of text. With `state_file` reading goes on where an interrupted call stopped. Raises InputError.
+        an iterator of text. With `state_file` reading goes on where an interrupted call stopped. `answer_prefix`, the
+        words an answer will begin with, stands after the question, in a chat in the assistant's turn. Raises
+        InputError.
         """
-        return self._reader(model, tokenizer).retrieve(context, question, state_file, progress)
+        return self._reader(model, tokenizer).retrieve(context, question, state_file, progress, answer_prefix)
 
     def answer(
         self, model: nn.Module, found: Retrieval | list[Retrieval], *, tokenizer: Any = None, **generate_kwargs: Any
@@ -115,10 +121,14 @@ class InfiniRetri(Method[InfiniRetriConfig]):
         tokenizer: Any = None,
         state_file: str | None = None,
         progress: bool = True,
+        answer_prefix: str = "",
         **generate_kwargs: Any,
     ) -> str | list[str]:
         """Answer from the sentences `retrieve` keeps; other keywords go to `model.generate`. Raises InputError."""
-        found = self.retrieve(model, context, question, tokenizer=tokenizer, state_file=state_file, progress=progress)
+        found = self.retrieve(
+            model, context, question, tokenizer=tokenizer, state_file=state_file, progress=progress,
+            answer_prefix=answer_prefix,
+        )  # fmt: skip
         return self.answer(model, found, tokenizer=tokenizer, **generate_kwargs)
 
     def rank_layers(

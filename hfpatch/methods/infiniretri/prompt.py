@@ -41,8 +41,11 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
         raise
 
 
-def make_prompt(tokenizer: Any, template: str, question: str, chat: bool | None) -> Prompt:
-    """Lay out the prompt for `question`. Raises InputError when a chat template is asked for and missing."""
+def make_prompt(tokenizer: Any, template: str, question: str, chat: bool | None, answer_prefix: str = "") -> Prompt:
+    """Lay out the prompt for `question`; after it stands the beginning of the answer, in a chat the assistant's.
+
+    Raises InputError when a chat template is asked for and missing.
+    """
     text = template.replace("{context}", _CONTEXT).replace("{question}", _QUESTION)
     special: list[int] = []
     has_chat = bool(getattr(tokenizer, "chat_template", None))
@@ -53,8 +56,12 @@ def make_prompt(tokenizer: Any, template: str, question: str, chat: bool | None)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if _CONTEXT not in text or _QUESTION not in text:
             raise InputError("The chat template drops part of the message; set chat=False.")
+        if answer_prefix and text.rstrip().endswith("<think>"):
+            text += "\n</think>\n\n"
     else:
         special, _ = special_around(tokenizer)
+        text += " " if answer_prefix and not text[-1].isspace() else ""
+    text += answer_prefix
     head, rest = text.split(_CONTEXT, 1)
     middle, tail = rest.split(_QUESTION, 1)
     return Prompt(

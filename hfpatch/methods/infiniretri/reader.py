@@ -27,6 +27,7 @@ class Retrieval:
     question: str
     kept: list[Kept] = field(default_factory=list)
     path: list[dict[str, Any]] = field(default_factory=list)
+    answer_prefix: str = ""
 
     @property
     def text(self) -> str:
@@ -62,19 +63,26 @@ class Reader:
         self.window = self.table or position_limit(model)
 
     def retrieve(
-        self, context: Context | list[str], question: str | list[str], state_file: str | None, progress: bool
+        self,
+        context: Context | list[str],
+        question: str | list[str],
+        state_file: str | None,
+        progress: bool,
+        answer_prefix: str,
     ) -> Retrieval | list[Retrieval]:
         """See InfiniRetri.retrieve."""
         single = isinstance(question, str)
         asked = [question] if isinstance(question, str) else question if isinstance(question, list) else []
         if not asked or not all(isinstance(x, str) and x.strip() for x in asked):
             raise InputError("Ask a question: a non-empty string, or a list of them.")
+        if not isinstance(answer_prefix, str):
+            raise InputError("answer_prefix is the text that every answer begins with; pass a string.")
         if isinstance(context, list):
             if len(context) != len(asked):
                 raise InputError(f"{len(context)} contexts and {len(asked)} questions do not pair up.")
-            streams = [(c, [self._item(x)]) for c, x in zip(context, asked, strict=True)]
+            streams = [(c, [self._item(x, answer_prefix)]) for c, x in zip(context, asked, strict=True)]
         else:
-            streams = [(context, [self._item(x) for x in asked])]
+            streams = [(context, [self._item(x, answer_prefix) for x in asked])]
         for n, (source, items) in enumerate(streams):
             where = None if state_file is None else Path(f"{state_file}.{n}" if len(streams) > 1 else state_file)
             self._read(source, items, where, progress)
@@ -87,7 +95,7 @@ class Reader:
             raise InputError("Answer takes what retrieve(...) gave back, or a list of such.")
         rows = []
         for r in found:
-            prompt = self._prompt(r.question)
+            prompt = self._prompt(r.question, r.answer_prefix)
             rows.append(prompt.ids([t for k in r.kept for t in tokenize(self.tokenizer, k.text)]))
         self._check_room(rows, generate_kwargs.get("max_new_tokens") or 1)
         batch = left_padded(rows, self._pad(), self.model.device)
@@ -97,19 +105,19 @@ class Reader:
         new = out[:, batch["input_ids"].shape[1] :]
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in new]
 
-    def _prompt(self, question: str) -> Prompt:
+    def _prompt(self, question: str, answer_prefix: str) -> Prompt:
         s = self.settings
-        return make_prompt(self.tokenizer, s.template, question, s.chat)
+        return make_prompt(self.tokenizer, s.template, question, s.chat, answer_prefix)
 
-    def _item(self, question: str) -> _Item:
-        prompt = self._prompt(question)
+    def _item(self, question: str, answer_prefix: str) -> _Item:
+        prompt = self._prompt(question, answer_prefix)
         if not prompt.tail:
             raise InputError(f"The question {question!r:.60} has no tokens.")
         if self.window is not None and prompt.size + 64 > self.window:
             raise InputError(
                 f"The question takes {prompt.size} tokens of the model's {self.window}; ask a shorter one."
             )
-        return _Item(prompt, Retrieval(question))
+        return _Item(prompt, Retrieval(question, answer_prefix=answer_prefix))
 
     def _check_room(self, rows: list[list[int]], new_tokens: int) -> None:
         """Raise InputError when the model's table of positions, if it has one, ends before the last new token."""
@@ -200,7 +208,11 @@ class Reader:
         )
 
     def _fingerprint(self, items: list[_Item]) -> dict[str, Any]:
-        return {"settings": self.settings.to_dict(), "questions": [i.result.question for i in items]}
+        prefix = items[0].result.answer_prefix
+        return {
+            "settings": self.settings.to_dict(), "questions": [i.result.question for i in items],
+            **({"answer_prefix": prefix} if prefix else {}),
+        }  # fmt: skip
 
     def _save(self, items: list[_Item], where: Path | None, offset: int) -> None:
         if where is not None:
