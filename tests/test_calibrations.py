@@ -39,6 +39,10 @@ CASES = {  # its words, how many steps they take, a change that makes another ru
     "zerotuning": (
         ["zerotuning", "--examples", "8", "--seeds", "1", "--shots", "1"], 27, ["--layers", "1"], ["--renamed"],
     ),
+    "zerotuning unseen": (
+        ["zerotuning", "--data", "sentiment", "--examples", "8", "--unseen", "4", "--shots", "2", "--gammas", "2"], 33,
+        ["--batch", "3"], ["--data", "subject"],
+    ),
 }  # fmt: skip
 MORE = {"act": 4}  # passes that are counted, but not kept
 STOP = 3
@@ -148,6 +152,7 @@ def test_work_that_was_done_is_not_done_again(
     calls[0] = 0
     assert command(words, models[0], tmp_path / "cut")[0] == 0
     assert calls[0] < 0.75 * whole
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 @every

@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from pathlib import Path
 
-from hfpatch.text import grammar
+from hfpatch.text import grammar, labelled
 
 from ..errors import EvaluationError
 from . import facts
@@ -68,6 +68,19 @@ _TASKS: dict[str, Task] = {
             grow="shots",
             least=3,
             stop=(".", "\n"),
+        ),
+        *(
+            FactTask(
+                task.name,
+                f"{task.name} of a sentence in ordinary English after labelled examples",
+                task.fewshot,
+                {"shots": None},
+                12,
+                grow="shots",
+                least=len(task.labels),
+                stop=(".", "\n"),
+            )
+            for task in labelled.TASKS.values()
         ),
         PerplexityByPosition(),
     )

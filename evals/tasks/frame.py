@@ -12,7 +12,7 @@ from ..errors import EvaluationError
 from ..testbed import CHECKPOINT
 
 _MARK = "HFPATCH-TURN"
-_LEAD = re.compile(r" (?:(?:Answer|Result):|(?=Topic:)) ?")
+_LEAD = re.compile(r" (?:(?:Answer|Result):|(?=(?:Topic|Sentiment|Subject):)) ?")
 INTRODUCTION = "Read this text.\n\n"
 
 

@@ -17,7 +17,7 @@ from .frame import Frame, frame_of, style_of
 from .layout import Layout, compose
 
 _NUMBER = re.compile(r"\d{5,}")
-_LEAD = re.compile(r" (?:Answer|Result):| Topic:")
+_LEAD = re.compile(r" (?:Answer|Result):| (?:Topic|Sentiment|Subject):")
 MOST = 2000
 Build = Callable[..., grammar.Task]
 

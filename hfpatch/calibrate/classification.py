@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..files.json_text import json_lines
+from ..text.labelled import TASKS
 from ..text.prompt_ids import prompt_ids
+from .fewshot import PLAIN, TABLES, fewshot_prompts, file_rows, task_prompts
+from .prefix import grouped, last_logits
 from .unfinished import data_mark
 
 RENAMED = {"animal": "river", "plant": "lemon", "tool": "tiger", "place": "hammer"}
@@ -26,6 +30,7 @@ class Example:
     prompt: str
     labels: tuple[str, ...] = ()
     answer: str | None = None
+    blanks: tuple[str, ...] = ()  # the prompt with texts that mean nothing
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -44,13 +49,17 @@ def _examples(rows: Sequence[tuple[str, Any]], where: str) -> list[Example]:
     for place, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
             raise ConfigError(f"{place}: every line needs a 'prompt'.")
-        labels = row.get("labels") or []
         if not isinstance(row.get("answer"), str | None):
             raise ConfigError(f"{place}: 'answer' is not text.")
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise ConfigError(f"{place}: 'labels' is not a list of texts.")
+        for name in ("labels", "blanks"):
+            texts = row.get(name) or []
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ConfigError(f"{place}: {name!r} is not a list of texts.")
     every = tuple(sorted({r["answer"] for _, r in rows if r.get("answer") is not None}))
-    return [Example(r["prompt"], tuple(r.get("labels") or every), r.get("answer")) for _, r in rows]
+    return [
+        Example(r["prompt"], tuple(r.get("labels") or every), r.get("answer"), tuple(r.get("blanks") or ()))
+        for _, r in rows
+    ]
 
 
 def hub_examples(
@@ -112,10 +121,23 @@ class Source:
         """At most `count` examples. Raises ConfigError."""
         if self.data == "embedded":
             return embedded_examples(count, self.shots, renamed=self.renamed)
-        if Path(self.data).suffix in (".jsonl", ".json"):
-            return read_examples(self.data)[:count]
+        if self.data in TASKS:
+            return make_examples(task_prompts(self.data, count, self.shots), self.data)
         labels = [f" {n.strip()}" for n in self.names.split(",")] if self.names else []
+        if Path(self.data).suffix in (".jsonl", ".json", *TABLES):
+            return self._from_file(count, labels)
         return hub_examples(self.data, self.split, count, self.prompt, self.answer, labels)
+
+    def _from_file(self, count: int, labels: Sequence[str]) -> list[Example]:
+        """Prompts as they stand in JSON lines, or made from texts and labels."""
+        path = Path(self.data)
+        rows = file_rows(path)
+        told = rows and all(isinstance(row, dict) and "prompt" not in row and self.answer in row for row in rows)
+        if not told and path.suffix not in TABLES:
+            return read_examples(path)[:count]
+        template = "Text: {text}\nLabel:" if self.prompt == PLAIN else self.prompt
+        made = fewshot_prompts(rows, template, self.answer, self.shots, count, names=labels)
+        return make_examples(made, self.data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +155,12 @@ def supervised(examples: Sequence[Example]) -> bool:
 
 
 class Questions:
-    """Examples as tokens, in batches of equal length."""
+    """Examples as tokens, in batches of equal length.
 
-    def __init__(self, tokenizer: Any, examples: Sequence[Example], batch: int = 32) -> None:
+    `share` runs once what many prompts begin with: for patches under which a token's keys depend on earlier ones only.
+    """
+
+    def __init__(self, tokenizer: Any, examples: Sequence[Example], batch: int = 32, *, share: bool = False) -> None:
         self.examples = list(examples)
         self.supervised = supervised(examples)
         names = sorted({label for e in examples for label in e.labels})
@@ -146,8 +171,7 @@ class Questions:
         self.allowed = torch.tensor([[n in e.labels for n in names] for e in examples]).reshape(len(examples), -1)
         right = [names.index(e.answer) if e.answer in names else -1 for e in examples]
         self.right = torch.tensor(right, dtype=torch.long)
-        ids = [prompt_ids(tokenizer, e.prompt) for e in examples]
-        self.batches = _by_length(ids, batch)
+        self.groups = grouped([prompt_ids(tokenizer, e.prompt) for e in examples], batch, share)
 
     @staticmethod
     def _first(tokenizer: Any, label: str) -> int:
@@ -161,26 +185,25 @@ class Questions:
 
     def mark(self) -> str:
         """A digest of all examples and their tokens."""
-        return data_mark([t for pair in self.batches for t in pair], [astuple(e) for e in self.examples])
+        tensors = [t for g in self.groups for b in g.batches for t in (g.prefix, b.rows, b.ids, b.ends)]
+        return data_mark(tensors, [astuple(e) for e in self.examples])
 
     def check(self, model: Any) -> None:
         """Raise ConfigError at a prompt for which the model has no positions, or that has no token."""
         config = getattr(model, "config", None)
         limit = getattr(config and config.get_text_config(), "max_position_embeddings", None)
-        sizes = [ids.shape[1] for _, ids in self.batches]
-        if min(sizes, default=1) < 1:
+        if min((g.shortest for g in self.groups), default=1) < 1:
             raise ConfigError("A prompt has no tokens; leave it out.")
-        if limit and max(sizes, default=0) > limit:
-            raise ConfigError(f"A prompt has {max(sizes)} tokens; the model has positions for {limit}.")
+        longest = max((g.longest for g in self.groups), default=0)
+        if limit and longest > limit:
+            raise ConfigError(f"A prompt has {longest} tokens; the model has positions for {limit}.")
 
     @torch.inference_mode()
     def ask(self, model: nn.Module) -> Answers:
         """The model's next-token answers, as it is patched now."""
-        device = next(model.parameters()).device
         n = len(self)
         token, labels, entropy = torch.zeros(n, dtype=torch.long), torch.zeros(n, len(self.names)), torch.zeros(n)
-        for rows, ids in self.batches:
-            last = model(ids.to(device), use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
+        for rows, last in chain.from_iterable(last_logits(model, group) for group in self.groups):
             log = last.log_softmax(-1)
             token[rows], labels[rows] = log.argmax(-1), log[:, self.first]
             entropy[rows] = -(log.exp() * log).sum(-1)
@@ -207,14 +230,6 @@ class Questions:
     def log_likelihood(self, a: Answers) -> Tensor:
         """Log-probability `[N]` of the right label's first token."""
         return a.labels.gather(-1, self.right.clamp(min=0)[:, None])[:, 0]
-
-
-def _by_length(ids: list[list[int]], batch: int) -> list[tuple[Tensor, Tensor]]:
-    by_length: dict[int, list[int]] = {}
-    for n, x in enumerate(ids):
-        by_length.setdefault(len(x), []).append(n)
-    chunks = [rows[a : a + batch] for rows in by_length.values() for a in range(0, len(rows), batch)]
-    return [(torch.tensor(rows), torch.tensor([ids[n] for n in rows])) for rows in chunks]
 
 
 def measures(q: Questions, a: Answers, rows: Tensor) -> dict[str, Any]:

@@ -22,8 +22,12 @@ def wilson_of(p: float, n: int) -> tuple[float, float]:
 
 def paired(after: Tensor, before: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean difference of two paired `[N]` and its 95 % percentile-bootstrap interval."""
-    difference = after.double() - before.double()
-    pick = torch.randint(len(difference), (draws, len(difference)), generator=torch.Generator().manual_seed(seed))
-    means = difference[pick].mean(-1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return float(difference.mean()), low, high
+    means = bootstrap((after.double() - before.double())[:, None], draws, seed)[:, 0]
+    low, high = torch.quantile(means[1:], torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return float(means[0]), low, high
+
+
+def bootstrap(values: Tensor, draws: int = 2000, seed: int = 0) -> Tensor:
+    """Means of `values [N, K]`, and of so many draws of N rows: `[1 + draws, K]`."""
+    pick = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([values.mean(0)[None], values[pick].mean(1)])

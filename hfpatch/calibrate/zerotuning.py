@@ -1,7 +1,6 @@
 """Searches the heads and the factor of `zerotuning` for a model and a classification task."""
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,14 +15,14 @@ from ..cli.options import Device, Dtype, Model, number
 from ..config.patch_config import PatchConfig
 from ..errors import ConfigError
 from ..files.output import write_json
-from ..methods.zerotuning import ZeroTuningConfig
+from ..methods.zerotuning import LEAST, MOST, ZeroTuningConfig
 from ..runtime.model_facts import query_heads
 from ..version import __version__
-from .asked import Asked
+from .asked import EXAMPLES, Asked
 from .classification import Answers, Example, Questions, Source, measures, supervised
-from .intervals import paired, wilson
 from .options import Answer, Batch, Count, Data, Fresh, Names, Prompt, Renamed, Shots, Split
 from .unfinished import calibration_folder, finish
+from .zerotuning_report import BLANKS, UNSEEN, held_out, on_unseen, summary
 
 SWEEP_FILE = "calibration.json"
 OBJECTIVES = ("accuracy", "entropy")
@@ -72,6 +71,7 @@ class Calibration:
     outcomes: list[Outcome]
     sweep: list[dict[str, Any]]
     model: str | None
+    unseen: list[dict[str, Any]] = field(default_factory=list)
 
     def chosen(self, objective: str) -> Outcome:
         """The outcome of the first seed."""
@@ -94,10 +94,11 @@ class Calibration:
         finish(out)
 
 
-def most_settings(search: Search, heads: int, searches: int) -> int:
+def most_settings(search: Search, heads: int, searches: int, unseen: bool = False) -> int:
     """Settings that so many searches, one per objective and seed, try at most: the steps of a calibration."""
     grid = max(sum(g > 1 for g in search.gammas), sum(g < 1 for g in search.gammas))
-    return 1 + 2 * heads + searches * (grid + search.random_draws)
+    steps = 1 + 2 * heads + searches * (grid + search.random_draws)
+    return steps + (len(search.gammas) + 2 * (2 + searches + search.random_draws) if unseen else 0)
 
 
 def calibrate_zerotuning(
@@ -106,6 +107,7 @@ def calibrate_zerotuning(
     examples: Sequence[Example],
     search: Search | None = None,
     *,
+    unseen: Sequence[Example] = (),
     batch: int = 32,
     out: str | Path | None = None,
     resume: bool = True,
@@ -116,40 +118,70 @@ def calibrate_zerotuning(
     ZeroTuning, arXiv 2505.11739. Supervised by accuracy where the examples carry answers, and unsupervised by mean
     next-token entropy. Each seed splits the examples into a part to search on and a held-out part to report on; the
     paper has one seed, and its unsupervised mode looks at the test inputs. Ties in accuracy, which the paper leaves
-    open, go by the right label's log-probability. In the folder `out` an interrupted search leaves the answers it has
-    until `save`, and goes on from there when `resume`. Raises ConfigError.
+    open, go by the right label's log-probability. With `unseen` examples the search sees all others at once, and the
+    report is about the unseen ones. In the folder `out` an interrupted search leaves the answers it has until `save`,
+    and goes on from there when `resume`. Raises ConfigError.
     """
     s = search or Search()
-    questions = Questions(tokenizer, examples, batch)
+    questions = Questions(tokenizer, examples, batch, share=True)
     questions.check(model)
     heads = query_heads(model)
     if heads is None:
         raise ConfigError("The model's config does not tell its number of query heads.")
     if len(questions) < 8:
         raise ConfigError(f"{len(questions)} examples are too few to search and to test on; give at least 8.")
-    objectives = OBJECTIVES if questions.supervised else OBJECTIVES[1:]
-    run, most = {"search": asdict(s), "batch": batch}, most_settings(s, heads, len(objectives) * len(s.seeds))
-    runs = Asked(model, questions, s.layers, run, most, out, advance)
+    searches = _searches(s, questions.supervised, bool(unseen))
+    run, most = {"search": asdict(s), "batch": batch}, most_settings(s, heads, len(searches), bool(unseen))
+    every = {EXAMPLES: questions, **_unseen(model, tokenizer, questions, unseen, batch)}
+    runs = Asked(model, every, s.layers, run, most, out, advance)
     if resume:
         runs.resume()
     with runs.kept.keeping(runs.part):
-        outcomes = _outcomes(runs, s, objectives, heads)
+        outcomes = _outcomes(runs, s, searches, heads)
+        told = on_unseen(runs, s, outcomes, heads) if unseen else []
+        runs.step(upto=most)
     everything = torch.arange(len(questions))
-    sweep = [{"gamma": g, "heads": list(h), **measures(questions, a, everything)} for (g, h), a in runs.done.items()]
+    sweep = [
+        {"gamma": g, "heads": list(h), **measures(questions, a, everything)} for (g, h), a in runs.settings().items()
+    ]
     name = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    return Calibration(s, len(questions), outcomes, sweep, name)
+    return Calibration(s, len(questions), outcomes, sweep, name, told)
 
 
-def _outcomes(runs: Asked, s: Search, objectives: Sequence[str], heads: int) -> list[Outcome]:
-    outcomes, count = [], len(runs.questions)
-    for objective in objectives:
-        for seed in s.seeds:
-            rows = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-            kept = max(4, round(count * s.held_out))
-            outcome = _search(runs, s, objective, seed, rows[kept:], heads)
-            outcome.held_out = _report(runs, s, outcome, rows[:kept], rows[kept:], heads)
-            outcomes.append(outcome)
-            runs.step(upto=most_settings(s, heads, len(outcomes)))
+def _searches(s: Search, answers: bool, unseen: bool) -> list[tuple[str, int]]:
+    """Objective and seed of every search: unseen examples make a split, and so a second seed, needless."""
+    seeds = s.seeds[:1] if unseen else s.seeds
+    return [(objective, seed) for objective in (OBJECTIVES if answers else OBJECTIVES[1:]) for seed in seeds]
+
+
+def _unseen(
+    model: nn.Module, tokenizer: Any, known: Questions, unseen: Sequence[Example], batch: int
+) -> dict[str, Questions]:
+    """The unseen examples' questions and, if all have blanks, those. Raises ConfigError."""
+    if not unseen:
+        return {}
+    questions = {UNSEEN: Questions(tokenizer, unseen, batch, share=True)}
+    if all(e.blanks for e in unseen):
+        blanks = {b: Example(b, tuple(known.names)) for e in unseen for b in e.blanks}
+        questions[BLANKS] = Questions(tokenizer, list(blanks.values()), batch, share=True)
+    if not known.supervised or not questions[UNSEEN].supervised:
+        raise ConfigError("Every example needs an 'answer' that is one of its 'labels', where --unseen asks for more.")
+    if any(q.names != known.names for q in questions.values()):
+        raise ConfigError("The unseen examples have other labels than those to search on; raise --examples.")
+    for q in questions.values():
+        q.check(model)
+    return questions
+
+
+def _outcomes(runs: Asked, s: Search, searches: Sequence[tuple[str, int]], heads: int) -> list[Outcome]:
+    outcomes, count, unseen = [], len(runs.questions[EXAMPLES]), UNSEEN in runs.questions
+    for objective, seed in searches:
+        rows = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        kept = max(4, round(count * s.held_out))
+        outcome = _search(runs, s, objective, seed, rows if unseen else rows[kept:], heads)
+        outcome.held_out = {} if unseen else held_out(runs, s, outcome, rows[:kept], rows[kept:], heads)
+        outcomes.append(outcome)
+        runs.step(upto=most_settings(s, heads, len(outcomes)))
     return outcomes
 
 
@@ -159,7 +191,7 @@ def _score(q: Questions, a: Answers, rows: Tensor, objective: str) -> tuple[floa
 
 
 def _search(runs: Asked, s: Search, objective: str, seed: int, rows: Tensor, heads: int) -> Outcome:
-    q = runs.questions
+    q = runs.questions[EXAMPLES]
 
     def score(gamma: float = 1.0, some: Sequence[int] = ()) -> tuple[float, ...]:
         return _score(q, runs(gamma, some), rows, objective)
@@ -185,49 +217,15 @@ def _search(runs: Asked, s: Search, objective: str, seed: int, rows: Tensor, hea
     return Outcome(objective, seed, kind, chosen if best != 1 else [], best, profile, tried)
 
 
-def _report(runs: Asked, s: Search, o: Outcome, rows: Tensor, searched: Tensor, heads: int) -> dict[str, Any]:
-    """Held-out measures before and after, the paired differences, and the controls."""
-    q, before, after = runs.questions, runs(), runs(o.gamma, o.heads)
-    out: dict[str, Any] = {"n": len(rows), "before": measures(q, before, rows), "after": measures(q, after, rows)}
-    change = paired(after.entropy[rows], before.entropy[rows])
-    out["entropy_change"] = change
-    if not q.supervised:
-        return out
-    for name, a in (("before", before), ("after", after)):
-        out[name]["interval"] = wilson(q.right_now(a)[rows])
-        corrected = q.right_among_labels(a, q.prior(a, searched))[rows]
-        out[name]["prior_corrected"] = float(corrected.float().mean())
-        out[name]["prior_corrected_interval"] = wilson(corrected)
-    out["accuracy_change"] = paired(q.right_now(after)[rows], q.right_now(before)[rows])
-    if o.heads:
-        rng = random.Random(o.seed)
-        tries = [sorted(rng.sample(range(heads), len(o.heads))) for _ in range(10 * s.random_draws)]
-        drawn = list({tuple(t): t for t in tries if t != o.heads}.values())[: s.random_draws]
-        out["random_heads"] = [{"heads": d, **measures(q, runs(o.gamma, d), rows)} for d in drawn]
-    return out
-
-
-def summary(c: Calibration) -> list[str]:
-    """One line per objective and seed, for people."""
-    lines = []
-    for o in c.outcomes:
-        h = o.held_out
-        what = f"gamma {o.gamma:g} on heads {o.heads}" if o.heads else "no head helps: gamma 1"
-        if o.objective == "accuracy" and o.heads and o.rise == 0:
-            what += " (for the right label's probability; no setting has higher accuracy)"
-        line = f"{o.objective}, split {o.seed}: {what}; "
-        if "accuracy_change" in h:
-            b, a, (mean, low, high) = h["before"], h["after"], h["accuracy_change"]
-            line += (
-                f"held-out accuracy {b['accuracy']:.3f} -> {a['accuracy']:.3f} ({mean:+.3f}, 95 % {low:+.3f} to "
-                f"{high:+.3f}), invalid answers {b['invalid']:.3f} -> {a['invalid']:.3f}; prior-corrected control "
-                f"{b['prior_corrected']:.3f} -> {a['prior_corrected']:.3f}"
-            )
-        else:
-            mean, low, high = h["entropy_change"]
-            line += f"held-out entropy {h['before']['entropy']:.3f} ({mean:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
-        lines.append(line)
-    return lines
+def factors(text: str) -> tuple[float, ...]:
+    """Factors to try, 1 among them. Raises ConfigError."""
+    try:
+        found = sorted({1.0, *map(float, text.split(","))})
+    except ValueError as error:
+        raise ConfigError(f"--gammas {text!r:.100} is not numbers with commas between; write 0.5,2,4.") from error
+    if not all(LEAST <= g <= MOST for g in found):
+        raise ConfigError(f"--gammas {text!r:.100} must all be {LEAST} to {MOST:g}.")
+    return tuple(found)
 
 
 def zerotuning(
@@ -239,9 +237,11 @@ def zerotuning(
     answer: Answer = "label",
     names: Names = "",
     examples: Count = 400,
+    unseen: Annotated[int, number("Further examples to report on; all others are searched.", 0)] = 0,
     shots: Shots = 6,
     renamed: Renamed = False,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to tune; all by default.")] = None,
+    gammas: Annotated[str | None, typer.Option(help="Factors to try, such as 0.5,2,4; twelve by default.")] = None,
     seeds: Annotated[int, number("Splits to repeat the search on.", 1, 1000)] = 3,
     batch: Batch = 32,
     dtype: Dtype = "auto",
@@ -254,15 +254,19 @@ def zerotuning(
     from ..cli.console import console, progress, quieten
 
     quieten()
-    search = Search(seeds=tuple(range(seeds)), layers=layers)
+    tried = factors(gammas) if gammas else Search.gammas
+    search = Search(seeds=tuple(range(seeds)), layers=layers, gammas=tried)
     with calibration_folder(out, (SWEEP_FILE,)):
         loaded = load_model(model, dtype, device)
-        found = Source(data, split, prompt, answer, names, shots, renamed).load(examples)
-        searches = len(OBJECTIVES if supervised(found) else OBJECTIVES[1:]) * len(search.seeds)
-        with progress("settings", most_settings(search, query_heads(loaded.model) or 0, searches)) as advance:
+        every = Source(data, split, prompt, answer, names, shots, renamed).load(examples + unseen)
+        found, more = every[:examples], every[examples:]
+        searches = len(_searches(search, supervised(found), bool(more)))
+        steps = most_settings(search, query_heads(loaded.model) or 0, searches, bool(more))
+        with progress("settings", steps) as advance:
             result = calibrate_zerotuning(
-                loaded.model, loaded.tokenizer, found, search, batch=batch, out=out, resume=not fresh, advance=advance
-            )
+                loaded.model, loaded.tokenizer, found, search, unseen=more, batch=batch, out=out, resume=not fresh,
+                advance=advance,
+            )  # fmt: skip
         result.save(out)
     for line in summary(result):
         console.print(line)

@@ -101,7 +101,7 @@ def test_methods_ask_open_questions_too(template, tokenizer):
     prompt = make_prompt(made, "{context}\n{question}", "What is it?", None)
     assert prompt.head[: len(front)] == front and prompt.ids([])[-1] not in end
     asked = Questions(made, [Example("Topic:", (" animal",), " animal")])
-    assert asked.batches[0][1][0, -1] not in end
+    assert asked.groups[0].batches[0].ids[0, -1] not in end
     example = built_in_example(made, "single", 200, random.Random(0))
     assert not set(end) & set(example.ids[len(front) :].tolist())
 

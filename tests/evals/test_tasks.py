@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 ASKING = [name for name in list_tasks() if name != "perplexity_by_position"]
 HIDING = ["single", "multi_key", "multi_value", "multi_query", "passkey"]
-GROWING = ["kv_retrieval", "line_retrieval", "common_words", "frequent_words", "few_shot"]
+GROWING = ["kv_retrieval", "line_retrieval", "common_words", "frequent_words", "few_shot", "sentiment", "subject"]
 
 
 @lru_cache
@@ -54,7 +54,11 @@ def test_prompts_are_as_long_as_asked_for(name, length, make):
     for sample in get_task(name).samples(tokenizer, length, 2, seed=3):
         tokens = count(tokenizer, sample.prompt)
         assert sample.meta["length"] == tokens
-        unit = count(tokenizer, "Text: Without a word we spoke of a dapper umbrella near the station. Topic: animal. ")
+        longest = (
+            "Text: Although the lecture was disappointing, the hotel was outstanding and I told all my friends to "
+            "stay away. Sentiment: positive. "
+        )
+        unit = count(tokenizer, longest)
         assert length - max(16, unit) <= tokens <= length
         assert sample.meta["requested"] == length
         assert sample.meta["question_in_sparse_part"] is True
@@ -156,6 +160,8 @@ def test_a_number_of_facts_leaves_room_for_a_haystack(name):
         "common_words": "rare",
         "frequent_words": "words",
         "few_shot": "shots",
+        "sentiment": "shots",
+        "subject": "shots",
     }[name]
     sample = task.samples(byte_tokenizer(), 4096, 1, **{option: 20})[0]
     assert sample.meta["haystack"] == "grammar"
