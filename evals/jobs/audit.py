@@ -110,6 +110,8 @@ class AuditJob(Job):
                     session.step()
             lines = patch.report().lines
         found = [phase_found(name, every, lines, looked.tallies) for name in phases]
+        if looked.cropped or looked.in_graph:  # calls that could not be looked at kept an unknown share
+            found = [p for p in found if p["sparse_layers"] or p["density"] == 1]
         return CellResult({"phases": found, "notes": looked.report().notes})
 
     def rows(self, done: Mapping[Cell, Data]) -> list[Data]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hfpatch.runtime.pipeline import FEW
 from hfpatch.text.prompt_ids import prompt_ids
 
+from ..errors import EvaluationError
 from .answer_nll import answer_ids, kept_logits, with_cache
 from .generation import pad_id
 from .models import check_positions
@@ -19,16 +21,23 @@ from .models import check_positions
 class SharedPrompt:
     """A text's cache under the patch that acts now; questions are prompts that begin with that text.
 
-    The text is one prefill; a question is a call of its own after it, then come decode steps.
+    The text is one prefill; a question is a call of its own after it, long enough to be no decode step, which it
+    takes from the text's end where it has to; then come decode steps.
     """
 
     @torch.inference_mode()
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, text: str, prompts: Sequence[str]) -> None:
         self.model, self.tokenizer = model, tokenizer
         rows = [prompt_ids(tokenizer, text), *(prompt_ids(tokenizer, p) for p in prompts)]
-        self.tokens = min(_common(rows), *(len(r) - 2 for r in rows[1:]))
+        self.tokens = min(_common(rows), *(len(r) - FEW - 1 for r in rows[1:]))
+        if self.tokens < 1:
+            raise EvaluationError(
+                "The text is too short to be asked about after a prefill of its own; raise the length."
+            )
         head = torch.tensor([rows[0][: self.tokens]], device=model.device)
-        self._cache = model(head, use_cache=True, **kept_logits(model, 1)).past_key_values
+        self._cache = getattr(model(head, use_cache=True, **kept_logits(model, 1)), "past_key_values", None)
+        if self._cache is None:
+            raise EvaluationError("The model gives no cache to go on from; ask every needle by itself.")
 
     @torch.inference_mode()
     def complete(self, prompt: str, max_new_tokens: int) -> str:

@@ -7,9 +7,13 @@ from transformers import PreTrainedTokenizerBase
 
 from hfpatch.text.pieces import split, token_counts
 
+from ..errors import EvaluationError
+
 
 def within(tokenizer: PreTrainedTokenizerBase, text: str, room: int) -> str:
     """The text where it takes at most `room` tokens, else its first and its last sentences, half of them each."""
+    if room < 0:
+        raise EvaluationError("The model's window has no room for a text beside the question; use a longer window.")
     pieces = [piece for sentence in split(text) for piece in sentence]
     ends = [0, *accumulate(token_counts(tokenizer, pieces))]
     if ends[-1] <= room:

@@ -2,9 +2,9 @@
 
 A `budget` of a method that chooses key blocks for tiles of queries means the same in all of them. A whole number is
 tokens: no query sees more. Any other is a share of the keys that a tile's queries can see, so that early ones get few
-keys, late ones many, and the density counted over a prompt is about that share; `floor` is the number of keys that
-every query gets even so, and lifts the density of short prompts. First and recent blocks that are always kept are
-inside the budget and take at most half of it, a tile's own blocks aside, which no budget takes away.
+keys, late ones many, and the density counted over a prompt is about that share; `floor` is the number of keys that it
+leaves every query room for even so, which lifts the density of short prompts. First and recent blocks come first and
+take at most half of the budget, a tile's own blocks aside, which no budget takes away.
 `question_tokens` are outside of it.
 """
 
@@ -41,12 +41,14 @@ def dense_layers(note: str = "") -> int:
 
 def sink_blocks(default: int, old: str | None = "sink") -> int:
     """Setting `sink_blocks`."""
-    return option(default, "first key blocks, always kept, inside a budget", ge=0, old=old)
+    return option(default, "first key blocks, always kept; at most half of a budget", ge=0, old=old)
 
 
 def window_blocks(default: int, old: str | None = "window") -> int:
     """Setting `window_blocks`."""
-    return option(default, "last key blocks up to the tile's own, always kept, inside a budget", ge=1, old=old)
+    return option(
+        default, "last key blocks up to the tile's own, always kept; at most half of a budget", ge=1, old=old
+    )
 
 
 def most_keys() -> int | float | None:
@@ -56,4 +58,4 @@ def most_keys() -> int | float | None:
 
 def floor(default: int = 256) -> int:
     """Setting `floor`."""
-    return option(default, "keys that every query gets at least where `budget` is a share", ge=0)
+    return option(default, "keys that every query has room for at least where `budget` is a share", ge=0)

@@ -29,7 +29,7 @@ def logits(q: Tensor, k: Tensor, *, scale: float, softcap: float | None = None, 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
     """`q [B, H, n, D] @ k [B, H, m, D]^T`; head by head where PyTorch would copy strided keys of half precision."""
-    if k.device.type != "cpu" or k.dtype == torch.float32:
+    if k.device.type != "cpu" or k.dtype.itemsize > 2:
         return q @ k.mT
     out = q.new_empty(*q.shape[:3], k.shape[2])
     for b in range(k.shape[0]):

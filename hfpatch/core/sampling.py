@@ -26,12 +26,13 @@ def sampled_weights(
     exact = k.dtype if stop - start == 1 else torch.float32  # a copy of all keys would cost a decode step most
     keys = k.to(exact) if pool == 1 else block_means(k, pool)  # [B, Hkv, m, D]
     bias = call.bias if pool == 1 else None
-    picks = start + (torch.arange(1, n + 1, device=device) * tile) // n - 1  # the last of each n-th of a tile
+    begins = start + torch.arange(tiles, device=device)[:, None] * tile
+    sizes = (begins + tile).clamp(max=stop) - begins
+    picks = begins + (torch.arange(1, n + 1, device=device) * sizes // n - 1).clamp_min(0)  # the last of each n-th
     step = max(1, CHUNK_ELEMENTS // (call.B * call.Hq * n * keys.shape[2]))
     for a in range(0, tiles, step):
         z = min(a + step, tiles)
-        rows = torch.arange(a, z, device=device)[:, None] * tile + picks
-        rows = rows.clamp(max=stop - 1).flatten()  # [tiles n]
+        rows = picks[a:z].flatten()  # [tiles n]
         sure = (call.off + start + a * tile) // pool  # all of them see the keys before
         seen = -(-(call.off + min(start + z * tile, stop)) // pool)
         some = None if bias is None else bias[..., :seen]

@@ -1,5 +1,6 @@
 """Block-sparse prefill: a few real queries of every tile look at real keys and choose the tile's key blocks."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ class SampledConfig(BlockConfig):
     pool: int = option(1, "keys per mean that they look at; 1 is the keys themselves", ge=1)
     top_p: float = option(0.9, "keep the fewest blocks with this share of the queries' attention", gt=0, le=1)
     budget: int | float | None = most_keys()
-    floor: int = option(256, "keys that every query gets at least, unless `budget` is fewer tokens", ge=0)
+    floor: int = option(256, "keys that every query gets at least; a budget in tokens goes first", ge=0)
     block_q: int = option(64, "queries per tile", ge=1)
     block_k: int = option(64, "keys per block", ge=1)
     sink_blocks: int = sink_blocks(1, old=None)
@@ -50,7 +51,7 @@ class Sampled(BlockSelector[SampledConfig]):
 
     def scores(self, call: AttentionCall, grid: Grid) -> Tensor:
         c = self.config
-        return self.sharing(sampled_mass(call, grid, c.queries, min(c.pool, grid.block_k)), grid).mean(2)
+        return self.sharing(sampled_mass(call, grid, c.queries, math.gcd(c.pool, grid.block_k)), grid).mean(2)
 
     def choose(self, grid: Grid, scores: Tensor) -> BlockMap:
         c = self.config

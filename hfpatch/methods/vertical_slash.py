@@ -171,7 +171,7 @@ def crossed(bands: Tensor, grid: Grid) -> Tensor:
 def diagonal_means(bands: Tensor, grid: Grid) -> Tensor:
     """Mean `[B, H, nQ, nK]` of `bands [B, H, nK]` over those that meet tile and block."""
     low, high = met(grid)
-    before = pad(bands.double().cumsum(-1), [1, 0])
+    before = pad(bands.to(torch.float32 if bands.device.type == "mps" else torch.float64).cumsum(-1), [1, 0])
     return ((before[..., high] - before[..., low]) / (high - low).clamp(min=1)).float()
 
 

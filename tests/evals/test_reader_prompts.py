@@ -94,3 +94,8 @@ def test_a_cut_text_keeps_both_ends_and_stays_within_its_room(room):
 def test_a_text_that_fits_is_left_alone():
     text = "One  sentence.\nAnother one."
     assert within(byte_tokenizer(), text, 40) is text
+
+
+def test_no_room_beside_the_question_is_said(tokenizer):
+    with pytest.raises(EvaluationError, match="no room for a text"):
+        within(tokenizer, "One sentence. Another one. A third.", -3)

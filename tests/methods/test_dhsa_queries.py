@@ -39,7 +39,8 @@ def test_equals_the_mean_attention_per_token(
     got = score_by_queries(call, chunks, start, stop, block, queries, shared)
     heads = 1 if shared else call.Hkv
     for n, first in enumerate(range(start, stop, block)):
-        rows = [min(first + (m + 1) * block // queries - 1, stop - 1) for m in range(queries)]
+        size = min(block, stop - first)
+        rows = [first + max((m + 1) * size // queries - 1, 0) for m in range(queries)]
         mean = weights[:, :, rows].mean(2).unflatten(1, (heads, -1)).sum(2)  # [B, H, Lk]
         last = call.off + min(first + block, stop)
         for b in range(call.B):

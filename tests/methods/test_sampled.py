@@ -36,7 +36,7 @@ def reference(
         for heads in heads_of(call, head_sharing):
             for tile in tiles_of(call, block_q):
                 n = min(queries, block_q)
-                picks = [min(tile[0] + (m + 1) * block_q // n - 1, call.Lq - 1) for m in range(n)]
+                picks = [tile[max((m + 1) * len(tile) // n - 1, 0)] for m in range(n)]
                 weights = sum(attention(call, b, h, i, pool) for h in heads for i in picks) / (len(heads) * n)
                 last = call.off + tile[-1]
                 blocks = [list(range(a, min(a + block_k, call.Lk))) for a in range(0, call.Lk, block_k)]
@@ -119,3 +119,11 @@ def test_a_needle_that_one_query_looks_for_is_found():
 def test_settings_that_do_not_fit():
     with pytest.raises(ConfigError, match="must divide"):
         make_method("sampled", pool=24)
+
+
+@pytest.mark.parametrize("length", [25, 32, 49])
+def test_pools_that_do_not_divide_the_blocks_of_a_short_call(length):
+    """Blocks are cut to the call; means of keys must fit them all the same."""
+    call = make_call((1, 4, 2, length, length))
+    found = make_method("sampled", block_k=48, pool=24, min_length=0, block_q=16).select(call)
+    assert found is None or found.mask(call.layout)[..., -1, -1].all()

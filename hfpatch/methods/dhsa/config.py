@@ -23,7 +23,7 @@ class DhsaConfig(MethodConfig):
         None, "tokens or share of the keys that a decode step may see; as `budget` when None", gt=0, share=True
     )
     decode_min_length: int | None = option(
-        None, "decode steps with fewer keys run dense; None: 8 budgets of 1024 tokens or more, else 0", ge=0
+        None, "decode steps with fewer keys run dense; None: by queries 8 budgets of 1024 tokens or more, else 0", ge=0
     )
     sink: int = option(64, "first tokens, always visible, inside the budget", ge=0)
     local: int = option(128, "tokens before a query block, always visible, inside the budget", ge=0)
@@ -107,7 +107,7 @@ class DhsaConfig(MethodConfig):
         budget = self.budget if self.decode_budget is None else self.decode_budget
         if self.decode_min_length is not None:
             return self.decode_min_length
-        return 8 * budget if isinstance(budget, int) and budget >= 1024 else 0
+        return 8 * budget if self.score == "queries" and isinstance(budget, int) and budget >= 1024 else 0
 
     def block(self, units: int) -> int:
         """Queries per block for a budget of `units`."""

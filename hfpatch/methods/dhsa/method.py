@@ -27,10 +27,11 @@ KEY = "dhsa"
 
 @register_method
 class Dhsa(Method[DhsaConfig]):
-    """Chunks keys at found boundaries, scores chunks by pooled queries, shows each query block its best N_b tokens.
+    """Chunks keys at found boundaries, scores chunks by queries, shows each query block its best N_b tokens.
 
-    arXiv 2510.24606 (ICML 2026). As in the paper: variable chunks, sqrt(len) * mean(k) as their representation,
-    token budget, dense question, one more chunk for generated tokens in decode. Unlike the authors' code: sink and
+    arXiv 2510.24606 (ICML 2026). As in the paper: variable chunks, token budget, dense question, one more chunk for
+    generated tokens in decode. Unlike it, chunks are ranked by what some real queries pay them; `score="mean"` is its
+    product of pooled queries and sqrt(len) * mean(k). Unlike the authors' code: sink and
     recent tokens never displace selected ones, no token counts twice, one selection per key-value group, soft-cap
     kept, batches, sparse decode. Query blocks have a fixed size there and here; the paper chunks queries as keys.
     """

@@ -1,4 +1,4 @@
-"""How much a query block wants a chunk, from the chunk's mean key and the variance of its keys."""
+"""How much a query block wants a chunk: by some of its queries, or from means and variances of the chunk's keys."""
 
 from dataclasses import dataclass
 
@@ -67,7 +67,8 @@ def score_by_queries(
     length = chunks.length.clamp_min(1)[:, None, None]
     for first, weights in sampled_weights(call, start, stop, block, queries):
         mass = weights.mean(3).unflatten(1, (heads, -1)).sum(2)  # [B, H, tiles, seen]
-        upto = pad(mass.double().cumsum(-1), (1, 0))
+        exact = torch.float32 if mass.device.type == "mps" else torch.float64
+        upto = pad(mass.to(exact).cumsum(-1), (1, 0))
         edges = torch.stack([chunks.starts, ends]).clamp(max=mass.shape[3])[:, :, None, None]  # [2, B, 1, 1, C]
         begin, end = (upto.gather(-1, e.expand(*mass.shape[:3], -1)) for e in edges)
         out[:, :, first : first + mass.shape[2]] = ((end - begin).clamp_min(0).float() / length).log()
