@@ -36,6 +36,7 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
     path = Path(folder) / request.param
     if not (path / "config.json").is_file():
         pytest.skip(f"there is no {request.param} in the folder that {FOLDER} names")
+    torch.set_num_threads(1)  # as every test does: what module fixtures compute must have the tests' bits
     yield load_model(str(path), "float32")
 
 
