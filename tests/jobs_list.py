@@ -50,7 +50,7 @@ KINDS = [
         "grid": [READ], "reads_in_chunks": False, "question_in_sparse_part": False,
     }),
     Kind(TaskJob("multi_key", [64], 2, label="multi_key"), lambda job: {
-        "score": 0.5, "samples": 2, "answer_nll": 0.5, "nll_by_steps": True, "seconds": 0.5, **ATTENDED,
+        "score": 0.5, "samples": 2, "answer_nll": 0.5, "nll_by_steps": True, **ATTENDED,
     }),
     Kind(PerplexityJob([128], 1, 2), lambda job: {
         "positions": [{"start": a, "stop": a + 64, **RANGE} for a in (0, 64)], "samples": 1,

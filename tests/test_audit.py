@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_invariants import built
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
+from hfpatch import patched
 from hfpatch.core.audit import Audit
 from hfpatch.core.audit_report import Moments, Sample, Tally
 from hfpatch.core.audit_tiles import tile_masses
@@ -246,6 +249,13 @@ def test_moments_give_students_interval() -> None:
 
 
 def test_a_cropped_cache_is_not_taken_for_all_there_was() -> None:
-    call, audit = call_of(1, dropped=7), Audit()
-    run(call, SinkWindow(2, 9), audit)
-    assert not audit.tallies and "1 calls were not audited, as their cache had dropped keys" in str(audit.report())
+    """Whether a step's choice or the kept keys alone say what is seen: what was dropped is missing from both."""
+    settings = {"sparse_layers": "1-", "sparse_settings": {"sink": 2, "window": 8}, "crop_cache": True}
+    model, ids = built("llama"), torch.arange(40)[None] % 50 + 3
+    with torch.no_grad(), patched(model, "flux", **settings) as patch, patch.audit() as audit:
+        cache = DynamicCache(config=model.config)
+        for part in (ids[:, :38], ids[:, 38:39], ids[:, 39:]):
+            model(part, past_key_values=cache)
+    sparse = model.config.num_hidden_layers - 1
+    assert {phase for _, phase in audit.tallies} == {"prefill"}
+    assert f"{2 * sparse} calls were not audited, as their cache had dropped keys" in str(audit.report())

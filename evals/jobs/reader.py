@@ -87,7 +87,9 @@ class ReaderJob(Job):
         names = [v.name for v in variants]
         for name in self.at_most:
             if name not in names:
-                raise EvaluationError(f"at_most names {name!r}, which is no variant; these are {', '.join(names)}.")
+                raise EvaluationError(
+                    f"at_most names {name!r:.99}, which is no variant; these are {', '.join(names)}."
+                )
         return [Cell(self.label, v, n) for n in sorted(self.lengths) for v in names if n <= self.at_most.get(v, n)]
 
     def steps(self, cell: Cell, variants: Sequence[Variant]) -> int:

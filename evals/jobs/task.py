@@ -1,6 +1,5 @@
 """Tasks of `hfpatch.evals.tasks` under every variant: generated answers, scored."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,9 +94,7 @@ class AnswerJob(Job, ABC):
         inside = variant.question_in_sparse_part
         stepped = variant.config is not None and not inside
         asks = self.nll and callable(loaded.model)  # what only generates has no likelihoods
-        start = time.perf_counter()
         outputs, likely, report = self.answers(session, variant, samples, room, asks, stepped)
-        seconds = time.perf_counter() - start
         records = [
             {
                 "job": self.label, "variant": variant.name, **s.meta, "length": cell.length,
@@ -113,7 +110,6 @@ class AnswerJob(Job, ABC):
             "density_prefill": report.density("prefill") if report else 1.0,
             "density_decode": report.density("decode") if report else 1.0,
             "fallbacks": report.fallbacks() if report else {},
-            "seconds": seconds,
         }
         return CellResult(data, records)
 
@@ -155,7 +151,7 @@ class AnswerJob(Job, ABC):
 
 
 def _shared(data: Data) -> Data:
-    return {k: v for k, v in data.items() if k not in ("grid", "seconds")}
+    return {k: v for k, v in data.items() if k != "grid"}
 
 
 @register_job

@@ -66,7 +66,7 @@ def _variants(found: Located) -> list[Variant]:
         where: Where = ("variants", n)
         made = _from_methods(found, where, entry) if "methods" in entry else _from_patch(found, where, entry)
         if made.name in {v.name for v in variants}:
-            raise found.error((*where, "name"), f"the variant {made.name!r} is there twice; give each its own 'name'.")
+            raise found.error((*where, "name"), f"the variant {made.name!r:.99} is there twice; give each a 'name'.")
         variants.append(made)
     return variants
 
@@ -113,7 +113,7 @@ def _job(found: Located, where: Where, entry: dict[str, Any], group: str) -> Job
     name = entry.pop(group)
     kind = named(group, name)
     if kind is None:
-        raise found.error((*where, group), f"there is no {group} called {name!r}.")
+        raise found.error((*where, group), f"there is no {group} called {name!r:.200}.")
     job = kind.from_recipe(name, entry)
     if wrong := job.problem():
         place, sentence = wrong

@@ -72,7 +72,7 @@ def _override(found: Located, text: str) -> None:
     """Apply `model=x`, `tasks.0.samples=2` or `niah.samples=2` (a job's label, task or measure)."""
     path, sign, value = text.partition("=")
     if not sign or not path:
-        raise EvaluationError(f"--set {text!r} is not of the form name=value, such as model=embedded.")
+        raise EvaluationError(f"--set {text!r:.200} is not of the form name=value, such as model=embedded.")
     at: Any = found.data
     *steps, last = _steps(found.data, path.strip())
     for step in steps:
@@ -83,7 +83,7 @@ def _override(found: Located, text: str) -> None:
     elif isinstance(at, dict):
         at[last] = _value(value)
     else:
-        raise EvaluationError(f"--set {text!r}: {last!r} cannot be set there.")
+        raise EvaluationError(f"--set {text!r:.200}: {last!r:.200} cannot be set there.")
 
 
 def _steps(data: dict[str, Any], path: str) -> list[str]:
@@ -102,7 +102,7 @@ def _child(at: Any, step: str, text: str) -> Any:
         return at[int(step)]
     if isinstance(at, dict) and step in at:
         return at[step]
-    raise EvaluationError(f"--set {text!r}: there is no {step!r} in this recipe.")
+    raise EvaluationError(f"--set {text!r:.200}: there is no {step[:200]!r} in this recipe.")
 
 
 def _value(text: str) -> Any:

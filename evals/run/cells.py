@@ -96,4 +96,4 @@ class Session:
         for variant in self.variants:
             if variant.name == name:
                 return variant
-        raise EvaluationError(f"There is no variant {name!r} in this run.")
+        raise EvaluationError(f"There is no variant {name!r:.200} in this run.")

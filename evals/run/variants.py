@@ -83,7 +83,7 @@ def parse_settings(pairs: Sequence[str], patch_args: str | None = None) -> dict[
     for pair in pairs:
         name, found, value = pair.partition("=")
         if not found or not name:
-            raise ConfigError(f"--set {pair!r} is not of the form name=value, such as window=512.")
+            raise ConfigError(f"--set {pair!r:.200} is not of the form name=value, such as window=512.")
         settings[name.strip()] = parse_value(value.strip())
     return settings
 
@@ -99,7 +99,7 @@ def parse_variants(patches: Sequence[str], settings: Mapping[str, Any] | None = 
     for spec in patches:
         variant = _variant(spec, settings, unused)
         if variant.name in {v.name for v in variants}:
-            raise ConfigError(f"--patch {spec!r} is there twice; every variant needs its own name or settings.")
+            raise ConfigError(f"--patch {spec!r:.200} is there twice; every variant needs its own name or settings.")
         variants.append(variant)
     if unused:
         known = sorted({f.name for v in variants if v.config for m in v.config.methods for f in dataclasses.fields(m)})
@@ -119,7 +119,7 @@ def _variant(spec: str, settings: dict[str, Any], unused: set[str]) -> Variant:
     if _is_path(spec):
         if settings:
             unused.clear()
-            raise ConfigError(f"Settings go with a method's name; put them into the saved config {spec!r} instead.")
+            raise ConfigError(f"Settings go with a method's name; put them into the config {spec!r:.99} instead.")
         try:
             return Variant(_last_part(spec), read_patch(spec))
         except OSError as error:
@@ -129,7 +129,7 @@ def _variant(spec: str, settings: dict[str, Any], unused: set[str]) -> Variant:
     for part in spec.split("+"):
         match = _PART.fullmatch(part.strip())
         if match is None:
-            raise ConfigError(f"--patch {spec!r} cannot be read; write NAME, NAME:window=512 or NAME+NAME.")
+            raise ConfigError(f"--patch {spec!r:.200} cannot be read; write NAME, NAME:window=512 or NAME+NAME.")
         name, own = match["name"], _inline(match["settings"] or "", spec)
         cls = type(make_config(name, {}))
         shared = {k: v for k, v in settings.items() if k in cls.takes()}
@@ -171,6 +171,6 @@ def _inline(text: str, spec: str) -> dict[str, Any]:
     for pair in re.split(r",(?=\s*\w+\s*=)", text) if text else []:
         name, found, value = pair.partition("=")
         if not found:
-            raise ConfigError(f"--patch {spec!r}: {pair!r} is not of the form name=value.")
+            raise ConfigError(f"--patch {spec!r:.200}: {pair!r:.200} is not of the form name=value.")
         settings[name.strip()] = parse_value(value.strip())
     return settings

@@ -97,5 +97,5 @@ def get_task(name: str) -> Task:
     if name not in _TASKS:
         near = get_close_matches(name, _TASKS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"tasks are {', '.join(_TASKS)}."
-        raise EvaluationError(f"There is no task called {name!r}; {hint}")
+        raise EvaluationError(f"There is no task called {name!r:.200}; {hint}")
     return _TASKS[name]

@@ -35,10 +35,7 @@ class Audit:
 
     def look(self, call: AttentionCall, selection: Selection | None, out: Tensor, lse: Tensor) -> None:
         """Compare `out [B, Lq, Hq, Dv]`, `lse [B, Hq, Lq]` of a call with dense attention at some of its queries."""
-        if selection is None or isinstance(selection, Causal):
-            return
-        if call.dropped:
-            self.cropped += 1
+        if call.dropped or selection is None or isinstance(selection, Causal):
             return
         tally = self.tallies.setdefault((call.layer, call.phase), Tally())
         tally.add(self.sample(call, selection, out, lse))

@@ -57,6 +57,8 @@ def execute(
     """Output `[B, Lq, Hq, Dv]` and weights, which only the model's own attention gives."""
     b, hq, lq, _ = raw.q.shape
     own = _leaves_base(raw, plans)
+    if audit is not None:
+        audit.cropped += sum(bool(p.call.dropped) for p in plans)
     out, weights = (None, None) if own else _base(raw, plans, stats)
     if out is not None and not any(p.chain.looks for p in plans):
         return out, weights

@@ -41,7 +41,7 @@ def _read(source: str) -> tuple[tuple[str, ...], ...]:
     words = _read_hub(source) if source.startswith(HUB) else read_text(source)
     found = tuple(split(words))
     if not found:
-        raise EvaluationError(f"The haystack {source!r} holds no sentences; choose another text.")
+        raise EvaluationError(f"The haystack {source!r:.200} holds no sentences; choose another text.")
     return found
 
 
@@ -50,28 +50,28 @@ def read_text(name: str) -> str:
     path = Path(name)
     try:
         if path.is_dir():
-            raise EvaluationError(f"The haystack {name!r} is a folder; name a text file in it.")
+            raise EvaluationError(f"The haystack {name!r:.200} is a folder; name a text file in it.")
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(name) from error
     except OSError as error:
-        raise EvaluationError(f"The haystack {name!r} cannot be read: {error.strerror or error}.") from error
+        raise EvaluationError(f"The haystack {name!r:.200} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise EvaluationError(
-            f"The haystack {name!r} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}"
+            f"The haystack {name!r:.200} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}"
             f"{'; it looks like UTF-16' if wide else ''}); save it as UTF-8."
         ) from error
     except ValueError as error:  # a path with a NUL in it
         raise _missing(name) from error
     if "\0" in text:
-        raise EvaluationError(f"The haystack {name!r} holds NUL bytes, so it is no UTF-8 text; save it as UTF-8.")
+        raise EvaluationError(f"The haystack {name!r:.200} holds NUL bytes, so it is no UTF-8 text; save it as UTF-8.")
     return text
 
 
 def _missing(name: str) -> EvaluationError:
     return EvaluationError(
-        f"There is no haystack {name!r}; write grammar, prose, the path of a UTF-8 text file or "
+        f"There is no haystack {name!r:.200}; write grammar, prose, the path of a UTF-8 text file or "
         f"{HUB}OWNER/NAME[:SPLIT[:COLUMN]]."
     )
 
@@ -95,6 +95,6 @@ def _read_hub(source: str) -> str:
         raise EvaluationError("Hub haystacks need datasets; run `pip install 'hfpatch[eval]'`.") from error
     except (OSError, ValueError, KeyError, StopIteration, ConnectionError) as error:
         raise EvaluationError(
-            f"Cannot read the haystack {source!r} ({type(error).__name__}); check its name, split and text column, or "
+            f"Cannot read the haystack {source!r:.99} ({type(error).__name__}); check name, split and text column, or "
             "give a text file."
         ) from error

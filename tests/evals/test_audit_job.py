@@ -14,7 +14,8 @@ from hfpatch.evals.run.models import load_model
 from hfpatch.evals.run.variants import Variant, parse_variants
 from hfpatch.evals.tasks import PerplexityByPosition
 
-from hfpatch import patched
+from hfpatch import PatchConfig, patched
+from hfpatch.config.registry import make_config
 from hfpatch.core.audit_report import Sample, Tally
 from hfpatch.text.prompt_ids import prompt_ids
 
@@ -128,3 +129,17 @@ def test_a_length_beyond_the_window_is_refused_before_anything_is_run() -> None:
     job = AuditJob([10**7])
     with pytest.raises(EvaluationError, match="too many"):
         job.check(job.cells(session.variants)[0], session)
+
+
+def test_steps_that_could_not_be_looked_at_are_left_out() -> None:
+    """A cache that drops keys hides what decode steps miss: no row, rather than one that says nothing is missed."""
+    settings = {"sparse_layers": "1-", "sparse_settings": {"sink": 4, "window": 32}}
+    job = AuditJob([200], 1, rows_per_call=2, tiles=0, new_tokens=3)
+    session = Session("embedded", [Variant("kept", PatchConfig([make_config("flux", settings)]))], seed=3)
+    session.variants += [Variant("cropped", PatchConfig([make_config("flux", {**settings, "crop_cache": True})]))]
+    session.loaded = load_model("embedded")
+    rows = job.rows({cell: job.run(cell, session).data for cell in job.cells(session.variants)})
+    assert [(r["variant"], r["phase"]) for r in rows] == [
+        ("kept", "prefill"), ("kept", "decode"), ("cropped", "prefill"),
+    ]  # fmt: skip
+    assert "dropped keys" in " ".join(rows[-1]["notes"])

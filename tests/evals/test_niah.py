@@ -9,6 +9,7 @@ from hfpatch.evals.jobs.niah import NiahJob
 from hfpatch.evals.run.cells import Session
 from hfpatch.evals.run.generation import complete, pad_left
 from hfpatch.evals.run.models import Loaded
+from hfpatch.evals.run.shared_prompt import SharedPrompt
 from hfpatch.evals.run.variants import parse_variants
 from hfpatch.evals.tasks.layout import compose, count_tokens
 
@@ -154,3 +155,28 @@ def by_hand(model, tokenizer, sample, asked, steps):
     logp = torch.cat(logits).float().log_softmax(-1)
     nll = [-logp[n - 1 - cut, full[n]].item() for n in range(len(whole), len(full))]
     return sum(nll) / len(nll), tokenizer.decode([int(logp[len(whole) - 1 - cut].argmax())])
+
+
+def test_the_shortest_question_is_no_decode_step(model, tokenizer):
+    """Calls of few tokens after a cache count as decode steps, in which prefill methods run dense."""
+    text = " ".join(sentences_of("grammar", 12))
+    prompts = [f"{text} So?", f"{text} Who is it?"]
+    shared = SharedPrompt(model, tokenizer, text, prompts)
+    assert shared.tokens < count_tokens(tokenizer, text)
+    calls = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True
+    )
+    try:
+        shared.complete(prompts[0], 3)
+        shared.nll(prompts[0], " The badger", steps=True)
+    finally:
+        hook.remove()
+    assert max(calls) > FEW and all(n == 1 or n > FEW for n in calls)
+    with pytest.raises(EvaluationError, match="too short"):
+        SharedPrompt(model, tokenizer, "A text.", ["A text. So?"])
+
+
+def sentences_of(source, count):
+    drawn = sentences(source, random.Random(0))
+    return [next(drawn) for _ in range(count)]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from run_fuzz import ENVIRONMENT, RUN, changed_bytes, changed_data, fixed, record_of, refused, runs
+
+from hfpatch.text.sources import sentences
 
 RECIPE = """# a job of every kind
 title: Every kind
@@ -221,3 +224,31 @@ def test_results_with_changed_bytes(finished: Path, page: Path, examples: int) -
         assert told is None or str(file) in told
 
     check()
+
+
+LONG = "x" * 9000
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        ("patch: streaming:window=32", f"patch: {LONG}"), ("patch: streaming:window=32", f"patch: streaming:{LONG}"),
+        ("patch: streaming:window=32", f"patch: 'streaming:window={LONG}'"), ("patch: quest,", f"patch: {LONG},"),
+        ("name: small", f"name: '{LONG}'"), ("task: multi_key", f"task: {LONG}"), ("task: niah", f"task: {LONG}"),
+        ("haystack: grammar", f"haystack: {LONG}"), ("at_most: {dense: 512}", f"at_most: {{{LONG}: 512}}"),
+        ("measure: latency", f"measure: {LONG}"), ("distractors: 3", f"{LONG}: 3"), ("dtype: auto", f"dtype: {LONG}"),
+        ("title: Every kind", f"{LONG}: Every kind"),
+    ],
+    ids=lambda text: text[:24],
+)  # fmt: skip
+def test_what_a_recipe_holds_is_not_told_at_length(recipe: tuple[Path, Any], old: str, new: str) -> None:
+    assert old in RECIPE
+    recipe[0].write_text(RECIPE.replace(old, new, 1))
+
+    def build_and_draw() -> None:
+        run = build_run(load_recipe(recipe[0]))
+        run.cells()
+        sentences(LONG, random.Random(0))
+
+    told = refused(build_and_draw)
+    assert told is not None and len(told) < 1000

@@ -74,3 +74,14 @@ def test_everything_that_looks_at_attention_sees_the_bias(dimmed: torch.Tensor) 
     same = make_call(SHAPE, bias=torch.zeros(1, 1, SHAPE[4]))
     assert torch.equal(mass_ratio(plain).nan_to_num(), mass_ratio(same).nan_to_num())
     assert float((mass_ratio(plain) - mass_ratio(call))[:, 8:48].abs().max()) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_of_half_precision_in_a_longer_buffer(dtype: torch.dtype) -> None:
+    """Heads are multiplied one by one there: every row and head with its own keys."""
+    call = make_call((2, 8, 2, 1, 56))
+    buffer = torch.zeros(2, 2, 80, call.k.shape[3], dtype=dtype)
+    buffer[:, :, :56] = call.k
+    got = logits(call.q.to(dtype), buffer[:, :, :56], scale=call.scale)
+    want = logits(call.q.to(dtype).float(), buffer[:, :, :56].float(), scale=call.scale)
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
