@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..run.cells import Cell, CellResult, Data, Session, Work
 from ..run.models import check_length
-from ..run.stats import mean_interval, tokens
-from ..run.variants import DENSE, Variant
+from ..run.stats import tokens
+from ..run.variants import Variant
 from ..tasks import PerplexityByPosition
 from .base import COUNT, FIGURE, LENGTHS, POSITIVE, TEXT, WHOLE, Job, setting
+from .paired import INTERVAL, Pairs
 from .registry import register_job
 from .scores import attended
 from .view import (
@@ -35,8 +36,7 @@ ASPECT = Aspect(
     lambda own, dense, clear: f"predicts text at {own:.3f} nats per token against {dense:.3f}",
     more_is_better=False, longest=True,
 )  # fmt: skip
-BOUND = {"anyOf": [{"type": "null"}, FIGURE]}
-DIFFERENCE = ("difference", "difference_low", "difference_high")
+PAIRS = Pairs("nll_of_samples", ("difference", "difference_low", "difference_high"))
 SPANS = 5  # ranges of positions in the table
 
 
@@ -48,8 +48,7 @@ class PerplexityJob(Job):
     kind = "perplexity"
     about = "Negative log-likelihood of prose by position."
     row = attended(
-        {name: BOUND for name in DIFFERENCE}, length=POSITIVE, start=WHOLE, stop=WHOLE, perplexity=FIGURE,
-        tokens=POSITIVE, nll=FIGURE,
+        PAIRS.schema, length=POSITIVE, start=WHOLE, stop=WHOLE, perplexity=FIGURE, tokens=POSITIVE, nll=FIGURE
     )  # fmt: skip
 
     lengths: Sequence[int] = setting(LENGTHS)
@@ -100,8 +99,7 @@ class PerplexityJob(Job):
     def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
         """One row per length, variant and range of positions, each with the cell's difference to dense."""
         shared = ("samples", "question_in_sparse_part", "density_prefill", "density_decode")
-        own = {c: data.get("nll_of_samples") for c, data in done.items()}
-        apart = {c: difference(own[c], own.get(replace(c, variant=DENSE))) for c in done}
+        apart = {c: PAIRS.apart(c, done) for c in done}
         return [
             {"variant": c.variant, "length": c.length, **point, **{k: data[k] for k in shared}, **apart[c]}
             for c, data in done.items()
@@ -139,7 +137,7 @@ class PerplexityJob(Job):
             [*map(_number, rows), *(Number("NLL", n, tokens(at), w.nll, PLAIN) for (n, at), w in whole.items())],
             [
                 "NLL: mean negative log-likelihood over all positions in nats per token; beside it the difference to "
-                "dense over the same samples, with its 95 % interval (Student's t) where there are several.",
+                f"dense over the same samples, {INTERVAL}.",
                 *(f"{n} acts in decode steps alone, and this text was read at once." for n in waiting),
             ],
             [Answer(ASPECT, n, w.nll, at, w.clear, w.small) for (n, at), w in whole.items() if n not in waiting],
@@ -158,12 +156,7 @@ class Whole:
 def _whole(rows: Sequence[Row], name: str, length: int) -> Whole:
     own = [r for r in rows if (r["variant"], r["length"]) == (name, length)]
     nll = float(sum(r["tokens"] * r["nll"] for r in own) / sum(r["tokens"] for r in own))
-    apart, low, high = (own[0].get(key) for key in DIFFERENCE)
-    if apart is None or name == DENSE:
-        return Whole(nll, "", True)
-    if low is None or high is None:
-        return Whole(nll, f"{apart:+.3f}", True)
-    return Whole(nll, f"{apart:+.3f} [{low:+.3f}, {high:+.3f}]", not low <= 0 <= high)
+    return Whole(nll, *PAIRS.words(own[0]))
 
 
 def _cell(found: Whole) -> str | TableCell:
@@ -174,13 +167,6 @@ def mean_nll(parts: Iterable[Sequence[float]]) -> float:
     """The mean over all tokens of parts `(tokens, mean NLL)`."""
     found = list(parts)
     return sum(n * nll for n, nll in found) / sum(n for n, _ in found)
-
-
-def difference(own: Sequence[float] | None, dense: Sequence[float] | None) -> Data:
-    """Mean difference of the samples' NLL to dense's, paired, with its interval; nothing where one is not known."""
-    if own is None or dense is None or len(own) != len(dense):
-        return {}
-    return dict(zip(DIFFERENCE, mean_interval([a - b for a, b in zip(own, dense, strict=True)]), strict=True))
 
 
 def _number(row: Row) -> Number:

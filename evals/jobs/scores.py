@@ -6,10 +6,14 @@ from typing import Any
 
 from ..run.stats import interval, tokens
 from .base import FIGURE, FLAG, NUMBER, TEXT, keys
+from .paired import INTERVAL, Pairs
 from .view import PLAIN, SHARE, Answer, Aspect, HeatMap, Number, Row, Table, TableCell, lengths_of, names_of
 
 ATTENDED = {"variant": TEXT, "question_in_sparse_part": FLAG, "density_prefill": NUMBER, "density_decode": NUMBER}
 NLL = "answer_nll"
+PAIRS = Pairs(
+    "answer_nll_of_samples", ("answer_nll_difference", "answer_nll_difference_low", "answer_nll_difference_high")
+)
 PLACED = "stands at the end of the one prompt"
 READ = "Prompt and answer were read in one forward pass"
 INTERVALS = "In brackets: the 95 % Wilson interval of the share, in percent."
@@ -17,7 +21,7 @@ INTERVALS = "In brackets: the 95 % Wilson interval of the share, in percent."
 
 def attended(may_have: Mapping[str, Any] | None = None, /, **properties: Any) -> dict[str, Any]:
     """The schema of a row with densities and these keys, and with those of `may_have` if they are there."""
-    return keys({NLL: FIGURE, "nll_by_steps": FLAG, **(may_have or {})}, **ATTENDED, **properties)
+    return keys({NLL: FIGURE, "nll_by_steps": FLAG, **PAIRS.schema, **(may_have or {})}, **ATTENDED, **properties)
 
 
 def percent(value: float) -> str:
@@ -30,7 +34,9 @@ SCORE = Aspect(
     lambda own, dense, clear: f"scores {own:.0%} where dense scores {dense:.0%}",
 )  # fmt: skip
 LIKELY = Aspect(
-    "answer NLL", "Answer NLL: mean negative log-likelihood of the true answer, nats per token; lower is better.",
+    "answer NLL",
+    "Answer NLL: mean negative log-likelihood of the true answer, nats per token, and its difference to dense; "
+    "lower is better.",
     lambda value: f"{value:.3f}",
     lambda own, dense, clear: f"gives the true answer {own:.3f} nats per token where dense gives {dense:.3f}",
     more_is_better=False,
@@ -43,12 +49,13 @@ DENSITY = Aspect(
 
 
 def score_answers(rows: Sequence[Row], decode_only: Collection[str]) -> list[Answer]:
-    """Score and density of every row; the density in decoding for variants that act there alone."""
+    """Score and density of every row, density in decoding for what acts there alone; answer NLL of every length."""
     found = []
     for r in rows:
         phase = "density_decode" if r["variant"] in decode_only else "density_prefill"
         found += [Answer(SCORE, r["variant"], r["score"]), Answer(DENSITY, r["variant"], float(r[phase]))]
-        found += [Answer(LIKELY, r["variant"], float(r[NLL]))] if NLL in r else []
+    for (name, length), (nll, small, clear) in nll_by_length(rows).items():
+        found.append(Answer(LIKELY, name, nll, length, clear, small))
     return found
 
 
@@ -79,13 +86,13 @@ def by_length(rows: Sequence[Row]) -> dict[tuple[str, int], tuple[float, float, 
     return {key: pooled(own) for key, own in groups.items()}
 
 
-def nll_by_length(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
-    """Mean answer NLL per variant and length, where it was measured."""
-    groups: dict[tuple[str, int], list[float]] = {}
+def nll_by_length(rows: Sequence[Row]) -> dict[tuple[str, int], tuple[float, str, bool]]:
+    """Mean answer NLL per variant and length, where measured, its difference to dense, and whether they are apart."""
+    groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if NLL in row:
-            groups.setdefault((row["variant"], row["length"]), []).append(row[NLL])
-    return {key: mean(own) for key, own in groups.items()}
+            groups.setdefault((row["variant"], row["length"]), []).append(row)
+    return {key: (mean(r[NLL] for r in own), *PAIRS.words(own[0])) for key, own in groups.items()}
 
 
 def with_nll(rows: Sequence[Row], name: str) -> str:
@@ -99,7 +106,10 @@ def score_numbers(rows: Sequence[Row]) -> list[Number]:
     return [
         Number("score", name, tokens(length), score, SHARE, low, high)
         for (name, length), (score, low, high) in by_length(rows).items()
-    ] + [Number("answer NLL", name, tokens(length), nll, PLAIN) for (name, length), nll in nll_by_length(rows).items()]
+    ] + [
+        Number("answer NLL", name, tokens(length), nll, PLAIN)
+        for (name, length), (nll, _, _) in nll_by_length(rows).items()
+    ]
 
 
 def score_table(rows: Sequence[Row], title: str) -> Table:
@@ -112,10 +122,15 @@ def score_table(rows: Sequence[Row], title: str) -> Table:
         body.append([
             name, *(TableCell(percent(s[0]), interval_text(*s[1:])) if s else "" for s in scores),
             f"{last['density_prefill']:.0%} / {last['density_decode']:.0%}",
-            *([" / ".join(f"{nll[name, n]:.3f}" if (name, n) in nll else "-" for n in lengths)] if nll else []),
+            *([_nll_cell([nll.get((name, n)) for n in lengths])] if nll else []),
         ])  # fmt: skip
     header = ["variant", *map(tokens, lengths), "keys attended", *(["answer NLL"] if nll else [])]
     return Table(title, header, body)
+
+
+def _nll_cell(found: Sequence[tuple[float, str, bool] | None]) -> TableCell:
+    """Answer NLL of every length, and below it the difference to dense at the greatest."""
+    return TableCell(" / ".join(f"{f[0]:.3f}" if f else "-" for f in found), found[-1][1] if found[-1] else "")
 
 
 def score_notes(rows: Sequence[Row], together: bool = False) -> list[str]:
@@ -136,8 +151,9 @@ def _nll_notes(rows: Sequence[Row], together: bool) -> list[str]:
     stepped = list(dict.fromkeys(r["variant"] for r in rows if r.get("nll_by_steps")))
     told = f"; {', '.join(stepped)}, acting in decoding alone, got the answer token by token" if stepped else ""
     return [
-        "Answer NLL, by prompt length: mean negative log-likelihood of the true answer in nats per token. "
-        f"{read} under the patch{told}.",
+        "Answer NLL, by prompt length: mean negative log-likelihood of the true answer in nats per token; beside it, "
+        f"for the longest prompts, the difference to dense over the same samples, {INTERVAL}, as if no two shared a "
+        f"text. {read} under the patch{told}.",
     ]
 
 

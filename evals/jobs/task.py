@@ -21,6 +21,7 @@ from .base import COUNT, FLAG, LENGTHS, NUMBER, POSITIVE, TEXT, Job, setting
 from .registry import register_job
 from .scores import (
     NLL,
+    PAIRS,
     attended,
     bounded,
     by_length,
@@ -106,7 +107,7 @@ class AnswerJob(Job, ABC):
         data = {
             **self.found(records),
             "question_in_sparse_part": inside,
-            **({"nll_by_steps": stepped} if asks else {}),
+            **({"nll_by_steps": stepped, PAIRS.values: [r[NLL] for r in records]} if asks else {}),
             "density_prefill": report.density("prefill") if report else 1.0,
             "density_decode": report.density("decode") if report else 1.0,
             "fallbacks": report.fallbacks() if report else {},
@@ -144,14 +145,16 @@ class AnswerJob(Job, ABC):
     def rows(self, done: Mapping[Cell, Data]) -> list[Data]:
         """One row per length, variant and point."""
         return [
-            bounded({"variant": cell.variant, "length": cell.length, **point, **_shared(data)})
+            bounded(
+                {"variant": cell.variant, "length": cell.length, **point, **_shared(data), **PAIRS.apart(cell, done)}
+            )
             for cell, data in done.items()
             for point in self.points(data)
         ]
 
 
 def _shared(data: Data) -> Data:
-    return {k: v for k, v in data.items() if k != "grid"}
+    return {k: v for k, v in data.items() if k not in ("grid", PAIRS.values)}
 
 
 @register_job
@@ -242,6 +245,6 @@ def _plot(rows: Sequence[Row]) -> Lines | Bars:
     return Lines(panels)
 
 
-def _nll_line(nll: Mapping[tuple[str, int], float], name: str) -> Series:
-    own = {length: value for (variant, length), value in nll.items() if variant == name}
+def _nll_line(nll: Mapping[tuple[str, int], tuple[float, str, bool]], name: str) -> Series:
+    own = {length: value for (variant, length), (value, _, _) in nll.items() if variant == name}
     return Series(name, list(own), list(own.values()))

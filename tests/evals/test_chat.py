@@ -1,15 +1,18 @@
 """Prompts through a chat template, needles in ordinary words, and what the true answer's likelihood measures."""
 
 import random
+from statistics import mean
 
 import pytest
 import torch
 from hfpatch.evals.errors import EvaluationError
 from hfpatch.evals.jobs.niah import NiahJob
 from hfpatch.evals.jobs.task import TaskJob
+from hfpatch.evals.report.summary import answer_table, lines
 from hfpatch.evals.run.answer_nll import answer_ids, answer_nll
 from hfpatch.evals.run.cells import Session
 from hfpatch.evals.run.models import Loaded, load_model
+from hfpatch.evals.run.stats import mean_interval
 from hfpatch.evals.run.variants import parse_variants
 from hfpatch.evals.tasks import Sample, get_task, list_tasks
 from hfpatch.evals.tasks.answers import first_line
@@ -163,7 +166,17 @@ def test_jobs_tell_the_answer_nll_beside_the_score(model, tokenizer):
         view = job.view({"kind": job.kind, "label": job.label, "rows": rows})
         assert view.table.header[-1] == "answer NLL" and "quest, acting in decoding alone" in " ".join(view.notes)
         assert any(n.what == "answer NLL" and n.variant == "quest" for n in view.numbers)
-        old = [{k: v for k, v in r.items() if k not in ("answer_nll", "nll_by_steps")} for r in rows]
+        nlls = {v: [s["answer_nll"] for s in done[job.cells([session.variant(v)])[0]].samples] for v in own}
+        pairs = [a - b for a, b in zip(nlls["streaming:window=32"], nlls["dense"], strict=True)]
+        middle, low, high = mean_interval(pairs)
+        first = {row[0].text: row[-1] for row in answer_table(lines(list(own), view.answers)).cells}
+        for cells_ in (first, {row[0].text: row[-1] for row in view.table.cells}):
+            assert cells_["dense"].small == "" and cells_["dense"].text == f"{mean(nlls['dense']):.3f}"
+            assert cells_["streaming:window=32"].small == f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
+        before = {cell: {k: v for k, v in r.data.items() if k != "answer_nll_of_samples"} for cell, r in done.items()}
+        told = job.view({"kind": job.kind, "label": job.label, "rows": job.rows(before)}).table.cells
+        assert [row[-1].small for row in told] == ["", "", ""] and told[0][-1].text == first["dense"].text
+        old = [{k: v for k, v in r.items() if not k.startswith(("answer_nll", "nll_by_steps"))} for r in rows]
         assert "answer NLL" not in job.view({"kind": job.kind, "label": job.label, "rows": old}).table.header
 
 
