@@ -130,3 +130,8 @@ def test_transformers_internals_are_known_to_three_files_only() -> None:
     knowing = {"injection.py", "raw_call.py", "attention_source.py"}
     guilty = [p.name for p in package if p.name not in knowing and named.search(p.read_text())]
     assert not guilty
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "hfpatch", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: python -m hfpatch [OPTIONS] COMMAND" in done.stdout

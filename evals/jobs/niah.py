@@ -96,7 +96,7 @@ class NiahJob(AnswerJob):
             meta = {
                 "length": count_tokens(loaded.tokenizer, text + tail), "depth": depths[n] / 100,
                 "depth_reached": round(found.depths[n], 4), "index": index,
-                "question_place": TOGETHER if self.together else PLACE, "chat": frame != PLAIN, "needle": style,
+                "question_place": TOGETHER if self._shares(loaded) else PLACE, "chat": frame != PLAIN, "needle": style,
             }  # fmt: skip
             made.append(Sample(text + tail, [value], meta, answer, len(text)))
         return made
@@ -106,7 +106,7 @@ class NiahJob(AnswerJob):
     ) -> tuple[list[str], list[Data], Report | None]:
         """One by one as other jobs do, or all questions about a haystack after one prefill."""
         loaded = session.loaded
-        if not (self.together and callable(loaded.model)):
+        if not self._shares(loaded):
             return super().answers(session, variant, samples, room, asks, stepped)
         outputs: list[str] = []
         likely: list[Data] = []
@@ -121,6 +121,10 @@ class NiahJob(AnswerJob):
                     session.step()
             report = patch.report() if patch else None
         return outputs, likely, report
+
+    def _shares(self, loaded: Loaded) -> bool:
+        """Whether questions go on from one prefill; a model that only generates has none to go on from."""
+        return self.together and callable(loaded.model)
 
     def room(self, loaded: Loaded, samples: Sequence[Sample]) -> int:
         """The longest value and a little, more in a chat, whose answers are dressed up."""

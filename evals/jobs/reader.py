@@ -97,9 +97,15 @@ class ReaderJob(Job):
         return len(self.depths) * self.samples
 
     def check(self, cell: Cell, session: Session) -> None:
-        """The text has to fit where it is one prompt and neither cut nor allowed to be longer."""
-        if not (self.cut or cell.variant in self.at_most or _reads(session.variant(cell.variant))):
-            check_length(session.loaded, cell.length)
+        """Text and question have to fit where they are one prompt and neither cut nor allowed to be longer."""
+        variant, chat = _laid_out(session.variant(cell.variant), self.chat)
+        if self.cut or cell.variant in self.at_most or _reads(variant):
+            return
+        loaded = session.loaded
+        frame, style = frame_of(loaded.tokenizer, chat), style_of(loaded.tokenizer, self.needle)
+        asked = list(self.questions(cell.length, session.seed, style))
+        longest = max(_around(loaded, frame, one.turn) for one in asked)
+        check_length(loaded, cell.length, max(_room(loaded, frame, one) for one in asked), asked=longest)
 
     def questions(self, length: int, seed: int, style: str = "grammar") -> Iterator[Question]:
         """All questions of one length, said in a style of hfpatch.text.needles; the same for every variant."""
@@ -135,7 +141,7 @@ class ReaderJob(Job):
         return CellResult(data, records)
 
     def _one(self, loaded: Loaded, patch: Patch | None, cell: Cell, asked: Question, frame: Frame) -> Data:
-        room = count_tokens(loaded.tokenizer, f" {asked.answer}") + (2 if frame == PLAIN else 8)
+        room = _room(loaded, frame, asked)
         source = sentences(self.haystack, asked.rng)
         pieces = stream(loaded.tokenizer, asked.facts, asked.depths, source, cell.length)
         trim()
@@ -159,8 +165,7 @@ class ReaderJob(Job):
         """The whole text, or what the model's positions leave of it, with the question after it."""
         limit, tail = position_limit(loaded.model), "\n" + frame.tail(turn)
         if self.cut and limit:
-            around = count_tokens(loaded.tokenizer, frame.before + tail) + room
-            text = within(loaded.tokenizer, text, limit - around)
+            text = within(loaded.tokenizer, text, limit - _around(loaded, frame, turn) - room)
         return frame.before + text + tail
 
     @staticmethod
@@ -197,6 +202,16 @@ class ReaderJob(Job):
             score_map(rows, "answers found"), score_numbers(rows),
             [INTERVALS, "Facts kept, chunks, time and peak memory are those of the variant's longest texts."],
         )  # fmt: skip
+
+
+def _room(loaded: Loaded, frame: Frame, asked: Question) -> int:
+    """New tokens that the answer may take."""
+    return count_tokens(loaded.tokenizer, f" {asked.answer}") + (2 if frame == PLAIN else 8)
+
+
+def _around(loaded: Loaded, frame: Frame, turn: str) -> int:
+    """Tokens of the prompt beside the text."""
+    return count_tokens(loaded.tokenizer, frame.before + "\n" + frame.tail(turn))
 
 
 def _line(rows: Sequence[Row], name: str) -> list[str | TableCell]:

@@ -76,15 +76,17 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Loa
     return Loaded(name, found.to(where).eval(), tokenizer)
 
 
-def check_length(loaded: Loaded, length: int, new_tokens: int = 0) -> None:
+def check_length(loaded: Loaded, length: int, new_tokens: int = 0, *, asked: int = 0) -> None:
     """Raise EvaluationError when the model has no positions for a prompt of so many tokens and its answer.
 
-    Positions that are computed, as in RoPE, may be exceeded by the answer, not by the prompt.
+    Positions that are computed, as in RoPE, may be exceeded by the answer, not by the prompt. `asked`: tokens of the
+    question, where `length` does not count them.
     """
     limit = position_limit(loaded.model)
-    if limit and length > limit:
-        raise EvaluationError(f"{loaded.name} has positions for {limit} tokens; {length} are too many.")
-    check_positions(loaded.model, length, new_tokens, loaded.name)
+    if limit and length + asked > limit:
+        told = f" and {asked} for the question" if asked else ""
+        raise EvaluationError(f"{loaded.name} has positions for {limit} tokens; {length}{told} are too many.")
+    check_positions(loaded.model, length + asked, new_tokens, loaded.name)
 
 
 def check_positions(model: Any, tokens: int, new_tokens: int, name: str = "") -> None:

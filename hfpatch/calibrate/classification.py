@@ -107,7 +107,7 @@ def embedded_examples(count: int, shots: int = 6, seed: int = 0, renamed: bool =
 
 @dataclass(frozen=True)
 class Source:
-    """Where a calibration's examples come from: 'embedded', a file of JSON lines, or a Hub data set."""
+    """Where a calibration's examples come from: 'embedded', a task of sentences, a file, or a Hub data set."""
 
     data: str = "embedded"
     split: str = "train"

@@ -26,15 +26,18 @@ class Teller:
         return torch.cat([ids, torch.tensor([told] * len(ids))], 1)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("answer,score", [(" {}.", 1.0), (" 9{}.", 0.0)])
-def test_it_has_scores_and_no_likelihoods(answer: str, score: float) -> None:
+def test_it_has_scores_and_no_likelihoods(answer: str, score: float, together: bool) -> None:
     _, tokenizer = load()
-    job = NiahJob([512], depths=(50,), samples=1)
+    job = NiahJob([512], depths=(50,), samples=1, together=together)
     (sample,) = job.build(Loaded("teller", None, tokenizer), 512, 0)
     assert sample.tokens is not None and abs(sample.tokens - 512) < 9
     session = Session("teller", [Variant("dense")])
     session.__dict__["loaded"] = Loaded("teller", Teller(tokenizer, answer.format(sample.value)), tokenizer)
-    found = job.run(Cell("niah", "dense", 512), session).data
+    result = job.run(Cell("niah", "dense", 512), session)
+    found = result.data
+    assert "of the one prompt" in result.samples[0]["question_place"]
     assert found["grid"][0]["score"] == score and "answer_nll" not in found["grid"][0]
     assert "nll_by_steps" not in found
 

@@ -71,8 +71,9 @@ def test_the_first_line_of_an_answer_counts(monkeypatch):
 
 
 def test_a_text_beyond_the_positions_is_refused_or_cut_in_the_middle():
-    with pytest.raises(EvaluationError, match="positions for 2048 tokens; 6000 are too many"):
-        asked("dense", lengths=[6000])
+    for length in (6000, 2047):
+        with pytest.raises(EvaluationError, match=rf"for 2048 tokens; {length} and \d+ for the question are too many"):
+            asked("dense", lengths=[length])
     found = {depth: asked("dense", lengths=[6000], depths=[depth], cut=True) for depth in (0, 50, 100)}
     for depth, (record, prompt) in found.items():
         assert 1700 < len(byte_tokenizer()(prompt)["input_ids"]) < 2048
