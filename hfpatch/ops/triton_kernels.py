@@ -12,6 +12,14 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# What changes from prompt to prompt: one compiled kernel serves all its values. Strides of q, k, v and out stay out of
+# this, since reads are wider where they are known to be aligned.
+ATTEND_SIZES = [
+    "out_s", "lse_s", "lse_b", "lse_h", "bias_b", "bias_h", "order_b", "order_h", "order_n", "full_b", "full_h",
+    "full_n", "listed_b", "listed_h", "listed_n", "lq", "lk", "block_q", "tiles_per_block", "sink", "window",
+]  # fmt: skip
+MERGE_SIZES = ["lse_b", "lse_h", "lq", "rows"]
+
 
 @triton.jit
 def _dot(a, b, EXACT: tl.constexpr, UPCAST: tl.constexpr):
@@ -45,7 +53,7 @@ def _softmax_step(x, top, total, acc, GUARDED: tl.constexpr):
     return p, new, total * old + tl.sum(p, 1), acc * old[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ATTEND_SIZES)
 def attend_kernel(
     q, k, v, out, lse, sinks, bias, order, full, listed, scale, softcap,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_s, out_b, out_n, out_h, lse_s, lse_b, lse_h, bias_b, bias_h,
@@ -65,6 +73,7 @@ def attend_kernel(
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     block, part = pid // tiles_per_block, pid % tiles_per_block
     off, kv = lk - lq, u * kv_heads // units
+    wide_b, wide_u, wide_block = b.to(tl.int64), u.to(tl.int64), block.to(tl.int64)
 
     row = part * M + tl.arange(0, M)
     query, head = block * block_q + row // P, u * P + row % P
@@ -73,10 +82,12 @@ def attend_kernel(
     last = tl.minimum(off + block * block_q + tl.minimum((part * M + M - 1) // P, block_q - 1), lk - 1)
 
     if BLOCK_K > 0:
-        slots = tl.load(listed + b * listed_b + u * listed_h + block * listed_n).to(tl.int32) * BLOCK_K
-        plain = tl.load(full + b * full_b + u * full_h + block * full_n).to(tl.int32) * BLOCK_K // N if ORDERED else 0
+        listed += wide_b * listed_b + wide_u * listed_h + wide_block * listed_n
+        slots = tl.load(listed).to(tl.int32) * BLOCK_K
+        full += wide_b * full_b + wide_u * full_h + wide_block * full_n
+        plain = tl.load(full).to(tl.int32) * BLOCK_K // N if ORDERED else 0
         tiles = tl.cdiv(slots, N)
-        at = order + b.to(tl.int64) * order_b + u * order_h + block.to(tl.int64) * order_n
+        at = order + wide_b * order_b + wide_u * order_h + wide_block * order_n
     else:
         slots, at = lk, order
         low = tl.maximum(first - window + 1, 0) // N
@@ -89,14 +100,15 @@ def attend_kernel(
     start, stop = split * each, tl.minimum(split * each + each, tiles)
 
     d, dv, n = tl.arange(0, WD), tl.arange(0, WV), tl.arange(0, N)
-    q += b.to(tl.int64) * q_b
-    k += b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
-    v += b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
+    wide_head, wide_query = head.to(tl.int64), query.to(tl.int64)
+    q += wide_b * q_b
+    k += wide_b * k_b + kv.to(tl.int64) * k_h
+    v += wide_b * v_b + kv.to(tl.int64) * v_h
     rows = tl.load(
-        q + head[:, None] * q_h + query.to(tl.int64)[:, None] * q_n + d[None, :],
+        q + wide_head[:, None] * q_h + wide_query[:, None] * q_n + d[None, :],
         mask=real[:, None] & (d < D)[None, :], other=0.0,
     )  # fmt: skip
-    bias_at = bias + b * bias_b + head[:, None] * bias_h
+    bias_at = bias + wide_b * bias_b + wide_head[:, None] * bias_h
     acc = tl.zeros([M, WV], tl.float32)
     if SINKS:
         mine = real & (split == 0)
@@ -149,18 +161,17 @@ def attend_kernel(
 
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[:, None]
-    far = query.to(tl.int64)
     tl.store(
-        out + split.to(tl.int64) * out_s + b.to(tl.int64) * out_b + far[:, None] * out_n + head[:, None] * out_h
+        out + split.to(tl.int64) * out_s + wide_b * out_b + wide_query[:, None] * out_n + wide_head[:, None] * out_h
         + dv[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :],
     )  # fmt: skip
     tl.store(
-        lse + split.to(tl.int64) * lse_s + b.to(tl.int64) * lse_b + head * lse_h + query,
+        lse + split.to(tl.int64) * lse_s + wide_b * lse_b + wide_head * lse_h + query,
         tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf")), mask=real,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MERGE_SIZES)
 def merge_kernel(
     parts, part_lse, out, lse, out_b, out_n, out_h, lse_b, lse_h, lq, heads, rows,
     SPLITS: tl.constexpr, WS: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr,
@@ -175,16 +186,18 @@ def merge_kernel(
     share = tl.exp(each - safe)
     total = tl.sum(share, 0)
     some = total > 0
-    at = ((b * lq + query) * heads + head) * DV
+    at = ((b.to(tl.int64) * lq + query) * heads + head) * DV
     o = tl.load(
         parts + s.to(tl.int64)[:, None] * rows * DV + at + dv[None, :],
         mask=(s < SPLITS)[:, None] & (dv < DV)[None, :], other=0.0,
     )  # fmt: skip
     o = tl.sum(o * share[:, None], 0) / tl.where(some, total, 1.0)
     tl.store(
-        out + b.to(tl.int64) * out_b + query * out_n + head * out_h + dv, o.to(out.dtype.element_ty), mask=dv < DV
+        out + b.to(tl.int64) * out_b + query.to(tl.int64) * out_n + head * out_h + dv,
+        o.to(out.dtype.element_ty),
+        mask=dv < DV,
     )
     tl.store(
-        lse + b.to(tl.int64) * lse_b + head * lse_h + query,
+        lse + b.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + query,
         tl.where(some, safe + tl.log(tl.where(some, total, 1.0)), float("-inf")),
     )  # fmt: skip

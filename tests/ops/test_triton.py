@@ -1,12 +1,16 @@
 """The triton executor against the dense float32 reference: in Triton's interpreter, on a GPU where there is one."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import RATIO, assert_close, inputs, layout_of, moved, random_map, selections
 from tiny_llama import tiny_model
 
 from hfpatch import patched
-from hfpatch.core.selection import Causal, Rows, SinkWindow
+from hfpatch.core.selection import BlockMap, Causal, Rows, SinkWindow
 from hfpatch.errors import ExecutorError
 from hfpatch.ops import attend, triton_executor
 
@@ -110,6 +114,30 @@ def test_strides(layout):
     q, k, v = inputs(2, 2, 1, 63, 63, layout=layout)
     for name in ("window", "blocks_even"):
         compare(q, k, v, selections(layout_of(q, k))[name])
+
+
+def test_offsets_beyond_32_bits():
+    """Heads and block lists so far apart in memory that their distance in elements is no 32-bit number."""
+    far = 2**28 + 2**26
+    q, k, v = inputs(1, 8, 8, 5, 63, d=16, dtype=torch.float16)
+    room = torch.empty(8 * far, dtype=torch.float16, device=DEVICE)  # a few pages of it are touched
+    apart = room.as_strided(q.shape, (0, far, 16, 1)).copy_(q)
+    sel = random_map(layout_of(q, k), 8, 16, 16, 3)
+    lists = torch.empty(8 * far, dtype=torch.int16, device=DEVICE)
+    width = sel.indices.shape[-1]
+    indices = lists.as_strided(sel.indices.shape, (0, far, width, 1)).copy_(sel.indices)
+    want = attend(q, k, v, selection=sel, scale=0.25, executor="reference")
+    k, v, counts = (t.to(DEVICE) for t in (k, v, sel.counts))
+    chosen = BlockMap(indices, counts, 16, 16)
+    got = attend(apart, k, v, selection=chosen, scale=0.25, executor="triton")
+    assert_close("out", want.out, got.out.cpu(), RATIO[torch.float16])
+    assert_close("lse", want.lse, got.lse.cpu(), RATIO[torch.float16])
+
+
+def test_prompts_of_other_lengths_compile_nothing_anew():
+    script = Path(__file__).parent / "triton_compilations.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["4", "1"]
 
 
 def test_ranges_of_queries():
