@@ -28,6 +28,7 @@ ALLOWED = {
     "public": {*CORE, "api"}, "": {"moved", "public", "version"},
     "draw": {*PATCHING}, "calibrate": {*ALL, "cli"},
     "integrations": {*ALL, "public", ""}, "cli": {*ALL, "integrations", "evals"},
+    "__main__": {"cli"},
 }  # fmt: skip
 LATE = {  # within functions, once a command has been given
     ("calibrate", "evals"), ("integrations", "evals"), ("drives", "methods"),

@@ -12,6 +12,7 @@ from hfpatch.core.selection import BlockMap, Causal, Selection, SinkWindow
 from hfpatch.errors import ExecutorError
 from hfpatch.ops.call import Attended, Problem, check
 from hfpatch.ops.parts import leaves
+from hfpatch.ops.self_check import fault
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
 Watch = Callable[[Problem, Tensor, str], None]
@@ -42,7 +43,8 @@ class Rule:
     """One line of the table: the executor that runs problems of these devices, kinds, phases and dtypes; None: all.
 
     Kinds are `causal`, `window`, `blocks` and `mask` (anything else); every range of queries must be of one of them.
-    Phases are `prefill`, `chunk` (several queries and earlier keys) and `decode` (one query).
+    Phases are `prefill`, `chunk` (several queries and earlier keys) and `decode` (one query). With `proven`, the
+    executor gives a right answer to a small problem of the kind first.
     """
 
     executor: str
@@ -50,6 +52,7 @@ class Rule:
     kinds: frozenset[str] | None = None
     phases: frozenset[str] | None = None
     dtypes: frozenset[torch.dtype] | None = None
+    proven: bool = False
 
     def fits(self, problem: Problem) -> bool:
         """Whether the rule speaks of the problem."""
@@ -75,7 +78,13 @@ def phase(problem: Problem) -> str:
 
 _EXECUTORS: dict[str, Executor] = {}
 _WATCHING: list[Watch] = []
-TABLE: list[Rule] = [Rule("torch"), Rule("reference")]
+LISTS = frozenset({"causal", "window", "blocks"})
+TABLE: list[Rule] = [
+    Rule("torch", kinds=frozenset({"causal"})),
+    Rule("triton", devices=frozenset({"cuda"}), kinds=LISTS, proven=True),
+    Rule("torch"),
+    Rule("reference"),
+]
 
 
 def register_executor(executor: Executor, rule: Rule | None = None) -> None:
@@ -105,6 +114,8 @@ def choose(problem: Problem, name: str | None = None) -> Executor:
             continue
         chosen = _EXECUTORS[rule.executor]
         reason = chosen.supports(problem)
+        if reason is None and rule.proven:
+            reason = fault(problem, chosen.name, chosen.run)
         if reason is None:
             return chosen
         refused.append(f"{chosen.name}: {reason}")
