@@ -44,4 +44,4 @@ class Pairs:
             return "", True
         if low is None or high is None:
             return f"{apart:+.3f}", True
-        return f"{apart:+.3f} [{low:+.3f}, {high:+.3f}]", not low <= 0 <= high
+        return f"{apart:+.3f} ± {(high - low) / 2:.3f}", not low <= 0 <= high

@@ -223,23 +223,41 @@ def _bar_panel(axis: Axes, bars: Sequence[Bar], plot: Bars, *, names: bool) -> N
         axis.xaxis.set_major_formatter(PERCENT)
 
 
-def accuracy_density(points: Mapping[str, tuple[float, float]], path: Path, title: str) -> Path:
-    """Mean score against the share of keys attended to, `variant -> (score, density)`; a method's settings joined."""
-    families: dict[str, list[tuple[float, float]]] = {}
-    for variant, (score, density) in points.items():
-        families.setdefault(variant.split(":")[0], []).append((density, score))
+Points = Mapping[str, tuple[float, float]]
+
+
+def accuracy_density(scores: Points, nlls: Points, path: Path, title: str) -> Path:
+    """Mean score, and answer NLL where measured, against the share of keys attended to; a method's settings joined.
+
+    Points are `variant -> (value, density)`.
+    """
+    measures = [("score (mean over the tasks)", scores), ("answer NLL (lower is better)", nlls)]
+    measures = [(label, points) for label, points in measures if points]
+    width, beside = (7.5, 4) if len(measures) == 1 else (11.5, 6)
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7.5, 4.6))
-        for n, (family, own) in enumerate(families.items()):
-            x, y = zip(*sorted(own), strict=True)
-            line = {"linestyle": "-" if len(own) > 1 else "none", "label": family, "clip_on": False}
-            axis.plot(x, y, **{**look(n), "markersize": 8, **line})
-        axis.set_xlabel("keys attended to (mean over the tasks)")
-        axis.set_ylabel("score (mean over the tasks)")
-        axis.set_xlim(0, 1.02)
-        axis.set_ylim(0, 1.05)
-        axis.xaxis.set_major_formatter(PERCENT)
-        axis.yaxis.set_major_formatter(PERCENT)
-        figure.legend(loc="outside lower center", ncols=min(len(families), 4))
+        figure, axes = plt.subplots(1, len(measures), figsize=(width, 4.6), squeeze=False)
+        for axis, (label, points) in zip(axes.flat, measures, strict=True):
+            _density_panel(axis, points, label, list(dict.fromkeys(v.split(":")[0] for v in scores)))
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), beside))
         figure.suptitle(title)
         return save(figure, path)
+
+
+def _density_panel(axis: Axes, points: Points, label: str, families: Sequence[str]) -> None:
+    own: dict[str, list[tuple[float, float]]] = {}
+    for variant, (value, density) in points.items():
+        own.setdefault(variant.split(":")[0], []).append((density, value))
+    for n, family in enumerate(families):
+        if family in own:
+            x, y = zip(*sorted(own[family]), strict=True)
+            line = {"linestyle": "-" if len(x) > 1 else "none", "label": family, "clip_on": False}
+            axis.plot(x, y, **{**look(n), "markersize": 8, **line})
+    share = label.startswith("score")
+    axis.set_xlabel("keys attended to (mean over the tasks)")
+    axis.set_ylabel(label)
+    axis.set_xlim(0, 1.02)
+    axis.set_ylim(0, 1.05 if share else None)
+    axis.xaxis.set_major_formatter(PERCENT)
+    if share:
+        axis.yaxis.set_major_formatter(PERCENT)

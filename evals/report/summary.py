@@ -53,12 +53,12 @@ def _one(values: Sequence[Answer]) -> Answer:
     return Answer(aspect, variant, mean(a.value for a in own), length, all(a.clear for a in own), small)
 
 
-def score_points(found: Sequence[Line]) -> dict[str, tuple[float, float]]:
-    """Mean score and density over the scored jobs, of every variant that has them."""
+def score_points(found: Sequence[Line], measure: Aspect = SCORE) -> dict[str, tuple[float, float]]:
+    """A measure of answers and the density, means over the scored jobs, of every variant that has both."""
     return {
-        x.variant: (x.answers[SCORE].value, x.answers[DENSITY].value)
+        x.variant: (x.answers[measure].value, x.answers[DENSITY].value)
         for x in found
-        if SCORE in x.answers and DENSITY in x.answers
+        if measure in x.answers and DENSITY in x.answers
     }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..jobs.scores import LIKELY
 from .page import write_page
 from .plots import accuracy_density, draw
 from .summary import headline, score_points, views
@@ -16,10 +17,12 @@ def write_plots(results: dict[str, Any], out: Path) -> dict[str, Path]:
     made, shown = {}, views(results)
     for job, view in zip(results["jobs"], shown, strict=True):
         made[job["label"]] = draw(view.plot, out / f"{job['label']}.png", f"{view.title}: {model}")
-    points = score_points(headline(results, shown))
+    found = headline(results, shown)
+    points = score_points(found)
     if points:
         title = f"Accuracy against density: {model}"
-        made[DENSITY_PLOT] = accuracy_density(points, out / f"{DENSITY_PLOT}.png", title)
+        path = out / f"{DENSITY_PLOT}.png"
+        made[DENSITY_PLOT] = accuracy_density(points, score_points(found, LIKELY), path, title)
     return made
 
 

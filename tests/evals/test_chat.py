@@ -168,11 +168,11 @@ def test_jobs_tell_the_answer_nll_beside_the_score(model, tokenizer):
         assert any(n.what == "answer NLL" and n.variant == "quest" for n in view.numbers)
         nlls = {v: [s["answer_nll"] for s in done[job.cells([session.variant(v)])[0]].samples] for v in own}
         pairs = [a - b for a, b in zip(nlls["streaming:window=32"], nlls["dense"], strict=True)]
-        middle, low, high = mean_interval(pairs)
+        middle, _, high = mean_interval(pairs)
         first = {row[0].text: row[-1] for row in answer_table(lines(list(own), view.answers)).cells}
         for cells_ in (first, {row[0].text: row[-1] for row in view.table.cells}):
             assert cells_["dense"].small == "" and cells_["dense"].text == f"{mean(nlls['dense']):.3f}"
-            assert cells_["streaming:window=32"].small == f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
+            assert cells_["streaming:window=32"].small == f"{middle:+.3f} ± {high - middle:.3f}"
         before = {cell: {k: v for k, v in r.data.items() if k != "answer_nll_of_samples"} for cell, r in done.items()}
         told = job.view({"kind": job.kind, "label": job.label, "rows": job.rows(before)}).table.cells
         assert [row[-1].small for row in told] == ["", "", ""] and told[0][-1].text == first["dense"].text

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from hfpatch.evals.errors import EvaluationError
 from hfpatch.evals.jobs.latency import ASPECTS, LatencyJob
-from hfpatch.evals.jobs.scores import SCORE
+from hfpatch.evals.jobs.scores import LIKELY, SCORE
 from hfpatch.evals.jobs.view import Answer, TableCell
 from hfpatch.evals.recipe.build import build_run
 from hfpatch.evals.recipe.recipe import load_recipe
@@ -92,6 +92,9 @@ def test_headline_takes_speed_of_the_longest_prompts_and_decode_density_of_decod
     assert dense["prefill speed"] == 1.0 and streaming["prefill speed"] == fast
     points = score_points(found)
     assert points["dense"][1] == 1.0 and points["quest:budget=16,min_length=0"][1] < 0.5
+    nlls = score_points(found, LIKELY)
+    assert nlls.keys() <= points.keys() and all(nlls[name][1] == points[name][1] for name in nlls)
+    assert all(x.value(LIKELY) == nlls[x.variant][0] for x in found if x.variant in nlls)
     rows = [r for j in results["jobs"][:2] for r in j["rows"] if r["variant"] == "quest:budget=16,min_length=0"]
     assert all(r["density_prefill"] == 1.0 for r in rows)
     assert len(sentences(found)) == 2 and sentences(found)[1].startswith("quest:budget=16,min_length=0 scores")
@@ -109,7 +112,7 @@ def test_needle_tables_carry_wilson_intervals_on_the_page_and_where_there_is_roo
     assert views(results)[0].table.cells[0][1] == TableCell(shown, small)
     write_report(results, out)
     assert f"<td>{shown} <small>{small}</small></td>" in (out / "report.html").read_text()
-    for width, there in ((100, f"{shown} {small}"), (72, small), (40, shown)):
+    for width, there in ((120, f"{shown} {small}"), (72, small), (40, shown)):
         told = StringIO()
         print_results({**results, "jobs": [job]}, Console(file=told, width=width), words=False)
         assert there in told.getvalue() and max(map(len, told.getvalue().splitlines())) <= width

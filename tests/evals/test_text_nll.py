@@ -39,10 +39,10 @@ def test_the_first_table_has_the_nll_of_all_tokens_of_the_longest_prompts_and_it
     cells = {row[0].text: row[1] for row in table.cells}
     for name, rows_ in told.items():
         assert cells[name].text == f"{float(torch.cat(rows_).mean()):.3f}"
-    assert cells["dense"].small == "" and cells["quest"].small == "+0.000 [+0.000, +0.000]"
+    assert cells["dense"].small == "" and cells["quest"].small == "+0.000 ± 0.000"
     apart = [float(a.mean() - b.mean()) for a, b in zip(told[STREAMING], told["dense"], strict=True)]
-    middle, low, high = mean_interval(apart)
-    assert cells[STREAMING].small == f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]" and middle > 0.01
+    middle, _, high = mean_interval(apart)
+    assert cells[STREAMING].small == f"{middle:+.3f} ± {high - middle:.3f}" and middle > 0.01
     assert [r[-1].text for r in view.table.cells] == [c.text for c in cells.values()]
     assert len(view.table.header) == 6
     told_of = PerplexityJob.view(entry(job, rows), {"quest"})
@@ -59,13 +59,13 @@ def data(nll: float, samples: list[float] | None) -> dict[str, Any]:
     return {**found, "density_decode": 1.0, **({} if samples is None else {"nll_of_samples": samples})}
 
 
-@pytest.mark.parametrize("samples, small", [([2.5], "+0.250"), ([2.0, 3.0], "+0.250 [-6.103, +6.603]"), (None, "")])
+@pytest.mark.parametrize("samples, small", [([2.5], "+0.250"), ([2.0, 3.0], "+0.250 ± 6.353"), (None, "")])
 def test_positions_weigh_by_their_tokens_and_one_sample_or_an_older_run_has_no_interval(samples, small) -> None:
     job = PerplexityJob([16])
     dense = None if samples is None else [2.25] * len(samples)
     rows = job.rows({Cell("p", "dense", 16): data(1.0, dense), Cell("p", "own", 16): data(1.5, samples)})
     own = next(a for a in PerplexityJob.view(entry(job, rows)).answers if a.variant == "own")
-    assert own.value == pytest.approx(2.5) and own.small == small and own.clear == ("[" not in small)
+    assert own.value == pytest.approx(2.5) and own.small == small and own.clear == ("±" not in small)
 
 
 def test_intervals_of_means_are_students() -> None:
