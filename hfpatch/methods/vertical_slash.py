@@ -30,8 +30,8 @@ class VerticalSlashConfig(BlockConfig):
     """Settings of `vertical_slash`; lines in tokens or as a share of the prompt."""
 
     method: ClassVar[str] = "vertical_slash"
-    vertical: int | float = option(0.05, "columns kept, the first ones included", gt=0, share=True)
-    slash: int | float = option(0.1, "diagonals kept, the nearest ones included", gt=0, share=True)
+    vertical: int | float = option(0.1, "columns kept, the first ones included", gt=0, share=True)
+    slash: int | float = option(0.2, "diagonals kept, the nearest ones included", gt=0, share=True)
     budget: int | float | None = most_keys()
     floor: int = floor()
     head_config: PathText | None = option(None, "JSON file with (vertical, slash) tokens per layer and query head")
