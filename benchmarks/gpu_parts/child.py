@@ -33,6 +33,7 @@ def serve(pipe: Connection, part: int, lane: int, lanes: int, options: Options) 
     for case in mine:
         if case.name not in options.done:
             _run(case, pipe)
+    print(f"part {part}, lane {lane}: {time.process_time():.1f} s of CPU", flush=True)
 
 
 def _cases(part: int, options: Options, pipe: Connection) -> list[Case]:

@@ -34,5 +34,5 @@ class Context:
     def lengths(self) -> dict[str, int]:
         """The lengths that are timed, by the name that a report knows them by."""
         if self.dry:
-            return {"8k": 64, "32k": 96, "128k": 128}
+            return {"8k": 48, "128k": 80}
         return {"8k": 8192, "32k": 32768, "128k": 131072}

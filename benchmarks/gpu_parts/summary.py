@@ -135,10 +135,19 @@ def _table(columns: dict[str, str]) -> Callable[[list[Row]], list[str]]:
         for r in rows:
             if r["status"] == OK:
                 out.append("| " + " | ".join(_cell(r.get(k)) for k in keys) + " |")
-        skipped = [f"- {r['case']}: {r['why']}" for r in rows if r["status"] == SKIPPED]
-        return [*out, *(["", "Skipped:", *skipped] if skipped else [])]
+        return [*out, *_skipped(rows)]
 
     return make
+
+
+def _skipped(rows: list[Row]) -> list[str]:
+    """Why there is no row, and of how many cases."""
+    found: dict[str, list[str]] = {}
+    for r in rows:
+        if r["status"] == SKIPPED:
+            found.setdefault(f"{r['backend']}: {r['why']}" if "backend" in r else r["why"], []).append(r["case"])
+    out = [f"- {why} ({len(cases)} cases, {cases[0]} the first)" for why, cases in found.items()]
+    return ["", "Skipped:\n", *out] if out else []
 
 
 def _cell(value: Any) -> str:
