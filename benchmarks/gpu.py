@@ -34,7 +34,6 @@ def main() -> int:
     parser.add_argument(
         "--dry", action="store_true", help="tiny sizes on a CPU: shows that the script works, no figures"
     )
-    parser.add_argument("--start", choices=("forkserver", "spawn"), default="forkserver", help="how processes begin")
     parser.add_argument(
         "--with",
         dest="extra",
@@ -53,7 +52,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = args.out.resolve()
     options = {"dry": args.dry, "extra": tuple(os.path.abspath(f) for f in args.extra)}
-    run = Run(folder, args.budget, args.case, args.start, options)
+    run = Run(folder, args.budget, args.case, options)
     run.run(sorted(set(args.parts)), lambda run: write(run, folder))
     print(bars_text(run.rows, args.dry))
     return int(any(row["status"] in ("wrong", "failed", "missing") for row in run.rows))

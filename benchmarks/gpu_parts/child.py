@@ -13,8 +13,8 @@ from gpu_parts.plan import FAILED, PARTS, ROOT, Case, Options, first_line
 BROKEN = 70  # exit status: the card answers with errors from here on, so that the next case needs a new process
 
 
-def serve(pipe: Connection, part: int, lane: int, lanes: int, options: Options) -> None:
-    """Run every case of the lane that is not done."""
+def serve(pipe: Connection, part: int | None, lane: int, lanes: int, options: Options) -> None:
+    """Run every case of the lane that is not done; without a part, see only whether the card answers."""
     os.setsid()
     log = os.open(options.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
@@ -36,17 +36,21 @@ def serve(pipe: Connection, part: int, lane: int, lanes: int, options: Options) 
     print(f"part {part}, lane {lane}: {time.process_time():.1f} s of CPU", flush=True)
 
 
-def _cases(part: int, options: Options, pipe: Connection) -> list[Case]:
+def _cases(part: int | None, options: Options, pipe: Connection) -> list[Case]:
     from gpu_parts.context import Context
 
     context = Context.start(options)
     pipe.send({"ready": context.device.card})
+    if part is None:
+        return []
     for path in options.extra:
         runpy.run_path(path)
     return import_module(f"gpu_parts.{PARTS[part].module}").cases(context)
 
 
 def _run(case: Case, pipe: Connection) -> None:
+    from gpu_parts.device import is_card_trouble
+
     pipe.send({"begin": case.name, "family": case.family, "limit": case.limit})
     start, broken = time.perf_counter(), False
     try:
@@ -56,7 +60,7 @@ def _run(case: Case, pipe: Connection) -> None:
         print(f"== {case.name}", file=sys.stderr)
         traceback.print_exc()
         pipe.send({"row": {"status": FAILED, "why": f"{first_line(e)} ({_place(e)})"}})
-        broken = "CUDA error" in str(e) or type(e).__name__ == "AcceleratorError"
+        broken = is_card_trouble(e)
     pipe.send({"end": case.name, "s": time.perf_counter() - start})
     if broken:
         os._exit(BROKEN)

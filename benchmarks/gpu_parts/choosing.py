@@ -2,7 +2,7 @@
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
@@ -10,9 +10,10 @@ from bench import dense_calls
 from layer import Layer
 
 from gpu_parts.context import Context
+from gpu_parts.device import is_card_trouble
 from gpu_parts.exact import checked
 from gpu_parts.kernels import DIM, HEADS, KV_HEADS
-from gpu_parts.plan import OK, WRONG, Case, Row
+from gpu_parts.plan import FAILED, OK, SKIPPED, Case, Row, first_line
 from gpu_parts.right import executors
 from hfpatch import get_method
 from hfpatch.config.registry import make_config
@@ -66,7 +67,7 @@ def cases(context: Context) -> list[Case]:
 def _layer(context: Context, length: str) -> Layer:
     heads = (4, 1) if context.dry else (HEADS, KV_HEADS)
     args = argparse.Namespace(
-        heads=heads[0], kv_heads=heads[1], dim=32 if context.dry else DIM, dtype="bfloat16", executor=None,
+        heads=heads[0], kv_heads=heads[1], dim=DIM, dtype="bfloat16", executor=None,
         device=str(context.device.torch),
     )  # fmt: skip
     return Layer(args, context.lengths()[length], 2 * STEPS, [])
@@ -91,6 +92,16 @@ def problem(call: AttentionCall, chosen: Selection | None) -> Problem:
     return Problem(call.q, call.k, call.v, Causal() if chosen is None else chosen, call.scale)
 
 
+def survived(check: Callable[[], Row]) -> Row:
+    """What a check says; that it failed where it raised, unless the card itself is in trouble."""
+    try:
+        return check()
+    except Exception as e:
+        if is_card_trouble(e):
+            raise
+        return {"status": FAILED, "why": first_line(e)}
+
+
 def _method_rows(context: Context, length: str, phase: str, label: str) -> Iterator[Row]:
     layer = _layer(context, length)
     name, given = settings(context, layer.length)[label]
@@ -100,16 +111,14 @@ def _method_rows(context: Context, length: str, phase: str, label: str) -> Itera
         layer.select(layer.call("prefill", 0, layer.length))
     call = layer.call(phase, *_span(layer, phase, 0))
     chosen = layer.select(call)
-    right: Row | None = None
     for executor in executors():
-        found = checked(problem(call, chosen), executor, context.options.failed)
-        if found["status"] == WRONG:
-            yield {**named, **found}
+        found = survived(partial(checked, problem(call, chosen), executor, context.options.failed))
         if found["status"] == OK:
-            right = found
-            break
-    if right is not None:
-        yield {**named, **right, **_times(context, layer, length, phase, right["executor"])}
+            yield {**named, **found, **_times(context, layer, length, phase, executor)}
+            return
+        if found["status"] != SKIPPED:
+            yield {**named, "executor": executor, **found}
+    yield {**named, "status": SKIPPED, "why": "no executor is right on it"}
 
 
 def _times(context: Context, layer: Layer, length: str, phase: str, executor: str) -> Row:

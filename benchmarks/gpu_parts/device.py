@@ -121,6 +121,11 @@ class Device:
         return self.timed(call)[0]
 
 
+def is_card_trouble(error: BaseException) -> bool:
+    """Whether the card answers everything with errors from now on, until the process ends."""
+    return "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"
+
+
 def spread(ms: list[float]) -> Row:
     """Median, least, most and number of repeats."""
     return {"ms": statistics.median(ms), "low": min(ms), "high": max(ms), "repeats": len(ms)}

@@ -45,7 +45,7 @@ class Timed:
             kept = KEPT // scale
         heads = (4, 1) if context.dry else (HEADS, KV_HEADS)
         args = argparse.Namespace(
-            batch=self.batch, heads=heads[0], kv_heads=heads[1], dim=32 if context.dry else DIM, dtype="bfloat16",
+            batch=self.batch, heads=heads[0], kv_heads=heads[1], dim=DIM, dtype="bfloat16",
             device=str(context.device.torch), keys=kept, sink=SINK // scale,
             block=PAGE if self.phase == "decode" or context.dry else TILE,
         )  # fmt: skip

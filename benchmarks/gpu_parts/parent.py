@@ -14,6 +14,7 @@ from typing import Any
 from gpu_parts.child import serve
 from gpu_parts.plan import FAILED, MISSING, OK, PARTS, ROOT, WRONG, Options, Row
 
+MOST_RESTARTS = 200
 STARTING = 60.0  # seconds until a process has imported everything and the card answers
 PRELOADED = ["torch", "triton", "transformers.models.llama.modeling_llama", "hfpatch.public", "hfpatch.ops"]
 
@@ -26,7 +27,7 @@ class Lane:
         self.cases: list[str] | None = None
         self.done: dict[str, str] = {}
         self.current: Row | None = None
-        self.restarts, self.over, self.ready = 0, False, False
+        self.restarts, self.over = 0, False
         self.start()
 
     def start(self) -> None:
@@ -34,7 +35,7 @@ class Lane:
         self.pipe, there = self.run.context.Pipe(duplex=False)
         options = Options(**self.run.options, failed=frozenset(self.run.failed), done=frozenset(self.done))
         args = (there, self.part, self.lane, self.lanes, options)
-        self.process = self.run.context.Process(target=serve, args=args, daemon=False)
+        self.process = self.run.context.Process(target=self.run.serve, args=args)
         self.process.start()
         there.close()
         self.since = time.monotonic()
@@ -54,14 +55,14 @@ class Lane:
         if "row" in said:
             self.take({"part": self.part, "case": self._name(), **said["row"]})
         elif "begin" in said:
-            self.current, self.since = {**said, "rows": 0}, time.monotonic()
+            self.current, self.since = said, time.monotonic()
         elif "end" in said:
             self.done.setdefault(said["end"], OK)
             self.current, self.since = None, time.monotonic()
         elif "cases" in said:
             self.cases = said["cases"]
         elif "ready" in said:
-            self.ready, self.run.card = True, said["ready"]
+            self.run.card = said["ready"]
         elif "broken" in said:
             self.give_up(said["broken"])
 
@@ -82,38 +83,29 @@ class Lane:
         code = self.process.exitcode
         if self.current is not None:
             how = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
-            self.take(
-                {"part": self.part, "case": self._name(), "status": FAILED, "why": why or f"the process died ({how})"}
-            )
-        elif not self._expected(code):
+            self._lost(why or f"the process died ({how})")
+        elif not self.done or self.restarts > MOST_RESTARTS:
             return self.give_up(why or f"the process died between cases (status {code})")
         self.current = None
         self.restarts += 1
         self.start()
 
-    def _expected(self, code: int | None) -> bool:
-        return self.ready and bool(self.done) and self.restarts < 200
-
     def late(self) -> None:
         """The process, or the part, has had its time."""
-        over = time.monotonic() >= self.deadline
-        if over:
+        if time.monotonic() >= self.deadline:
             kill(self.process)
             if self.current is not None:
-                self.take(
-                    {
-                        "part": self.part,
-                        "case": self._name(),
-                        "status": FAILED,
-                        "why": "cut off: the part's time was over",
-                    }
-                )
+                self._lost("cut off: the part's time was over")
+            elif self.cases is None:
+                self.give_up("the part's time was over before a process was ready")
             self.over = True
         elif self.current is None:
             self.give_up(f"no process was ready within {STARTING:.0f} s")
         else:
-            limit = self.current["limit"] or self.run.case_limit
-            self.died(f"no end in {limit:.0f} s, killed")
+            self.died(f"no end in {self.current['limit'] or self.run.case_limit:.0f} s, killed")
+
+    def _lost(self, why: str) -> None:
+        self.take({"part": self.part, "case": self._name(), "status": FAILED, "why": why})
 
     def give_up(self, why: str) -> None:
         """End the lane."""
@@ -130,9 +122,21 @@ class Lane:
 
 
 class Run:
-    """One run of the script: rows, what part 1 found wrong, and how the time is shared out."""
+    """One run of the script: rows, what part 1 found wrong, and how the time is shared out.
 
-    def __init__(self, folder: Path, budget: float, case_limit: float, start: str, options: dict[str, Any]) -> None:
+    Processes are forked from one that has imported everything and not touched the card; where the card then does not
+    answer, each begins anew.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        budget: float,
+        case_limit: float,
+        options: dict[str, Any],
+        starts: tuple[str, ...] = ("forkserver", "spawn"),
+        serve: Callable[..., None] = serve,
+    ) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
@@ -145,13 +149,28 @@ class Run:
         self.card = "?"
         self.lanes: list[Lane] = []
         self.began = time.monotonic()
-        self.use(start)
+        self.starts, self.serve = starts, serve
 
-    def use(self, start: str) -> None:
-        """How processes begin: forked from one that has imported everything but not touched the card, or anew."""
-        self.context, self.forked = mp.get_context(start), start == "forkserver"
-        if self.forked:
+    def start(self, how: str) -> str | None:
+        """Begin processes that way, and see whether the card answers one: None, or why not."""
+        self.context = mp.get_context(how)
+        if how == "forkserver":
             self.context.set_forkserver_preload(PRELOADED)
+        pipe, there = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=self.serve, args=(there, None, 0, 1, Options(**self.options)))
+        process.start()
+        there.close()
+        why = f"the card has not answered in {STARTING:.0f} s"
+        try:
+            if pipe.poll(min(STARTING, max(1.0, self.left()))):
+                said = pipe.recv()
+                why = said.get("broken")
+                self.card = said.get("ready", self.card)
+        except EOFError:
+            why = "the process died before the card answered"
+        finally:
+            kill(process)
+        return why
 
     def left(self) -> float:
         """Seconds of the budget."""
@@ -169,6 +188,12 @@ class Run:
     def run(self, wanted: list[int], after: Callable[["Run"], None]) -> None:
         """The parts, each with its share of what is left; `after` is called behind each."""
         try:
+            for how in self.starts:
+                if (why := self.start(how)) is None:
+                    break
+                self.keep({"part": None, "case": f"start by {how}", "status": FAILED, "why": why})
+            else:
+                return
             for n, part in enumerate(wanted):
                 later = sum(PARTS[p].limit for p in wanted[n:])
                 self.part(part, max(0.0, self.left()) * PARTS[part].limit / later)
@@ -193,9 +218,6 @@ class Run:
                     lane.hear()
                 elif time.monotonic() >= lane.patience:
                     lane.late()
-        if self.forked and not any(lane.ready for lane in self.lanes):
-            self.use("spawn")
-            return self.part(part, seconds - (time.monotonic() - began))
         self._note(
             part, seconds, began, [m for lane in self.lanes for m in lane.missing()], "the part's time was over"
         )

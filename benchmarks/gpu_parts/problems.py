@@ -80,7 +80,7 @@ def _selection(kind: str, at: Layout) -> Selection:
     if kind == "per head":
         return random_map(at, at.Hq, 64, 64, 6, rows=at.B)
     if kind == "ragged":
-        return random_map(at, at.Hkv, 64, 32, 9, rows=at.B)
+        return random_map(at, at.Hkv, 64 if at.Lq > 64 else 16, 32, 9, rows=at.B)
     if kind == "rows":
         blocks = random_map(at.rows(0, third), at.Hkv, 64, 64, 5, even=True)
         return Rows([(third, blocks), (2 * third, SinkWindow(4, 300)), (at.Lq, Causal())])

@@ -25,7 +25,7 @@ SWEEP: dict[str, list[tuple[int, int, int, int]]] = {
         (16, 128, 4, 3), (16, 128, 4, 2), (16, 128, 8, 3), (16, 64, 4, 4), (16, 64, 2, 4), (16, 32, 4, 4),
     ],
 }  # fmt: skip
-LENGTH = {"prefill": "32k", "decode": "128k"}
+LENGTH = {"prefill": "32k", "decode": "128k"}  # in a dry run the shortest
 
 
 def cases(context: Context) -> list[Case]:
@@ -69,7 +69,7 @@ def _problem(context: Context, shape: str, short: bool = False) -> Problem:
     if width == "D256":
         tokens = 64 if context.dry else 2048 if short else 16384
         return Spec("blocks128", 8, 2, tokens, tokens, 256, 256).make(context.device.torch)
-    return Timed(phase, kind, "8k" if short else LENGTH[phase]).problem(context)
+    return Timed(phase, kind, "8k" if short or context.dry else LENGTH[phase]).problem(context)
 
 
 @lru_cache(maxsize=1)
