@@ -66,15 +66,15 @@ def shapes(context: Context) -> list[Timed]:
 
 
 def cases(context: Context) -> list[Case]:
-    """Dense backends of each shape, then each executor on it; the torch executor last of all."""
-    first, last = [], []
+    """Dense backends of each shape, then each executor on it; torch and what PyTorch has to compile come last."""
+    first, last, slow = [], [], []
     for shape in shapes(context):
         if shape.kind == "causal" or shape.phase == "decode":
             first.append(Case(f"{shape}: dense", partial(_dense_rows, context, shape)))
         for name in [*executors(), *(n for n in PACKAGES if n not in executors())]:
             case = Case(f"{shape}: {name}", partial(_executor_row, context, shape, name))
-            (last if name == "torch" else first).append(case)
-    return first + last
+            (last if name == "torch" else slow if name == "flex" else first).append(case)
+    return [*first, *last, *slow]
 
 
 def variants(context: Context) -> list[tuple[str, Callable[[], Any]]]:

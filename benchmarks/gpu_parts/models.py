@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import zoo
-from methods_list import METHODS, MethodCase
+from methods_list import METHODS
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -22,6 +22,7 @@ PHASES = ("prefill", "chunk", "first step", "later steps")
 SIZES = (64, 36, 1, 1, 1, 1, 1)
 MODELS = ("llama", "gemma2", "qwen3", "gpt_oss", "deepseek_v3")
 ALLOWED = 1e-4
+BY_NAME = {str(case): case for case in METHODS}
 COUNTED = ROOT / "tests" / "pretend" / "counts.md"  # operations and waits, counted on a CPU
 DRY = ("streaming", "block_topk")  # what a dry run has of the models behind the first, all without Triton
 
@@ -34,8 +35,8 @@ def cases(context: Context) -> list[Case]:
             for executor in ("torch", "triton"):
                 if model in case.refused or (context.dry and not _in_dry(model, str(case), executor)):
                     continue
-                run = partial(_compare, context, model, case, executor)
-                found.append(Case(f"{model} {case} {executor}", run, group=len(found)))
+                run = partial(_compare, context, model, str(case), executor)
+                found.append(Case(f"{model} {case} {executor}", run, group=METHODS.index(case)))
     return found
 
 
@@ -79,8 +80,8 @@ def _plain(context: Context, model: str) -> tuple[list[Tensor], Row]:
 
 
 @lru_cache(maxsize=4)
-def _on_cpu(context: Context, model: str, case: MethodCase) -> list[Tensor]:
-    cpu = torch.device("cpu")
+def _on_cpu(context: Context, model: str, name: str) -> list[Tensor]:
+    cpu, case = torch.device("cpu"), BY_NAME[name]
     made = _built(model, cpu)
     patch_model(made, case.name, **case.settings)
     try:
@@ -89,15 +90,12 @@ def _on_cpu(context: Context, model: str, case: MethodCase) -> list[Tensor]:
         unpatch_model(made)
 
 
-MethodCase.__hash__ = lambda case: hash(str(case))  # type: ignore[method-assign, assignment]
-
-
-def _compare(context: Context, model: str, case: MethodCase, executor: str) -> Iterator[Row]:
-    device = context.device.torch
+def _compare(context: Context, model: str, name: str, executor: str) -> Iterator[Row]:
+    device, case = context.device.torch, BY_NAME[name]
     before, base = _plain(context, model)
     made = _built(model, device)
-    named: Row = {"model": model, "method": str(case), "executor": executor}
-    want = _on_cpu(context, model, case)
+    named: Row = {"model": model, "method": name, "executor": executor}
+    want = _on_cpu(context, model, name)
     try:
         patch_model(made, case.name, **case.settings, executor=executor)
         try:
@@ -114,9 +112,9 @@ def _compare(context: Context, model: str, case: MethodCase, executor: str) -> I
     undone = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     row: Row = {**named, "status": OK, "error": error, "undone": undone, "layers": layers}
     row |= {phase: (waits[phase] - base[phase]) / layers for phase in PHASES}
-    expected = counted().get((str(case), executor)) if model == "llama" else None
+    expected = counted().get((name, executor)) if model == "llama" else None
     more = [] if expected is None else [p for p in PHASES if row[p] > expected[p]]
-    row |= {"expected": expected, "more": more, "places": dict(places.most_common(8))}
+    row |= {"expected": expected, "more": ", ".join(more), "places": dict(places.most_common(8))}
     why = [f"error {error:.1e} against the CPU, allowed {ALLOWED:.0e}"] if not error <= ALLOWED else []
     why += [] if undone else ["logits after unpatch_model differ from those before"]
     yield {**row, **({"status": WRONG, "why": "; ".join(why)} if why else {})}

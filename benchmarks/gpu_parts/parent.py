@@ -115,7 +115,7 @@ class Lane:
 
     def missing(self) -> list[str]:
         """Cases that nobody came to."""
-        return [name for name in self.cases or [] if name not in self.done]
+        return ["all"] if self.cases is None else [name for name in self.cases if name not in self.done]
 
     def _name(self) -> str:
         return self.current["begin"] if self.current else f"lane {self.lane}"

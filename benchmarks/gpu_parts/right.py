@@ -9,7 +9,7 @@ import torch
 from gpu_parts.context import Context
 from gpu_parts.exact import exact, family, judge, sampled
 from gpu_parts.plan import FAILED, OK, ROOT, SKIPPED, Case, Row
-from gpu_parts.problems import TESTED, Spec, specs
+from gpu_parts.problems import LONG, TESTED, Spec, specs
 from hfpatch.ops import list_executors
 
 SAMPLED = 64
@@ -23,20 +23,24 @@ def executors() -> list[str]:
 
 
 def cases(context: Context) -> list[Case]:
-    """A case per problem and executor, then one per file of tests."""
-    found = []
-    for group, spec in enumerate(specs(context)):
-        alike = spec.alike()
+    """A case per problem and executor, then one per file of tests; what PyTorch has to compile for long goes last.
+
+    The long problems are all in one group: two of them at once may not fit the card.
+    """
+    found, last = [], []
+    for n, spec in enumerate(specs(context)):
+        alike, group = spec.alike(), 0 if spec.lk == LONG else n
         for name in executors():
             run = partial(_compare, context, spec, name)
-            found.append(Case(f"{spec.name}: {name}", run, family(alike, name, spec.lies), group))
+            case = Case(f"{spec.name}: {name}", run, family(alike, name, spec.lies), group)
+            (last if name == "flex" else found).append(case)
     files = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
     if context.dry:
         files = [f for f in files if f.name == "test_executors.py"]
-    found += [
-        Case(f"tests/ops/{f.name}", partial(_tests, context, str(f)), group=n, limit=600) for n, f in enumerate(files)
-    ]
-    return found
+    tests = []
+    for n, file in enumerate(files, 1):
+        tests.append(Case(f"tests/ops/{file.name}", partial(_tests, context, str(file)), group=n, limit=600))
+    return [*found, *tests, *last]
 
 
 @lru_cache(maxsize=1)
