@@ -254,3 +254,20 @@ def test_bars(parts: None) -> None:
     found = [(b["state"], b.get("value")) for b in bars(rows, dry=False)]
     assert found == [("pass", 560.0), ("not", 2.1), ("not measured", None), ("pass", 0.98), ("not measured", None)]
     assert {b["state"] for b in bars(rows, dry=True)} == {"dry run", "not measured"}
+
+
+def test_waits_counted_on_a_cpu_are_read(parts: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gpu_parts import models
+
+    head = "| method | executor | prefill | chunk | first step | later steps |\n|---|---|---|---|---|---|\n"
+    page = tmp_path / "counts.md"
+    page.write_text(
+        f"# Counts\n\n12 / 3\n\n## One prompt\n\n{head}| quest | triton | 9 / 0 | 9 1 9 / 0 3 0 | 66 / 2 | 60 / 2 |\n"
+        f"\n## Two padded prompts\n\n{head}| dhsa | triton | 1 / 1 | 1 / 1 | 1 / 1 | 1 / 1 |\n"
+    )
+    monkeypatch.setattr(models, "COUNTED", page)
+    models.counted.cache_clear()
+    assert models.counted() == {
+        ("quest", "triton"): {"prefill": 0.0, "chunk": 1.0, "first step": 2.0, "later steps": 2.0}
+    }
+    models.counted.cache_clear()

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
@@ -15,7 +15,6 @@ from gpu_parts.context import Context
 from gpu_parts.exact import TOLERANCE, apart, checked, exact, run, sampled
 from gpu_parts.plan import OK, SKIPPED, WRONG, Case, Row, first_line
 from gpu_parts.right import executors
-from hfpatch.core.selection import Causal
 from hfpatch.ops.call import Problem
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -117,7 +116,7 @@ def library_calls(
 @lru_cache(maxsize=1)
 def dense(context: Context, shape: Timed) -> tuple[dict[str, Callable[[], Any]], dict[str, Row], dict[str, str]]:
     """Dense backends that are right on the shape's tensors: their calls and times; and why others have none."""
-    p = _made(context, shape)
+    p = shape.problem(context)
     calls = dense_calls(p.q, p.k, p.v, p.scale)
     more, why = library_calls(p.q, p.k, p.v, p.scale)
     why |= {
@@ -125,11 +124,10 @@ def dense(context: Context, shape: Timed) -> tuple[dict[str, Callable[[], Any]],
         for n in ("flash", "cudnn", "efficient")
         if f"dense {n}" not in calls
     }
-    whole = Problem(p.q, p.k, p.v, Causal(), p.scale)
-    rows = sampled(whole)
-    truth = exact(whole, rows)[0]
+    rows = sampled(p)
+    truth = exact(p, rows)[0]
     for name, call in {**calls, **more}.items():
-        error = apart(truth, _output(call(), whole, name, rows))
+        error = apart(truth, _output(call(), name, rows))
         if error > TOLERANCE[p.q.dtype]:
             why[name] = f"wrong: error {error:.1e}"
     right = {name: call for name, call in {**calls, **more}.items() if name not in why}
@@ -149,7 +147,7 @@ def _ready(context: Context, shape: Timed, name: str, call: Any, why: dict[str, 
     return graph
 
 
-def _output(result: Any, p: Problem, name: str, rows: Tensor | None) -> Tensor:
+def _output(result: Any, name: str, rows: Tensor | None) -> Tensor:
     out = result[0] if isinstance(result, tuple) else result
     out = out if name in LIBRARIES else out.transpose(1, 2)
     return out if rows is None else out[:, rows]
@@ -162,7 +160,7 @@ def flops(p: Problem, pairs: int) -> float:
 
 def _dense_rows(context: Context, shape: Timed) -> Iterator[Row]:
     p = _made(context, shape)
-    _, times, why = dense(context, shape)
+    _, times, why = dense(context, replace(shape, kind="causal"))
     named = {"shape": f"{shape.phase} {shape.kind}", "length": shape.length, "batch": shape.batch}
     for name, ms in times.items():
         yield {**named, "backend": name, "status": OK, **ms, "tflops": flops(p, p.at.visible) / ms["ms"] / 1e9}
@@ -181,7 +179,7 @@ def _executor_row(context: Context, shape: Timed, name: str) -> Iterator[Row]:
     if found["status"] != OK:
         yield {**found, **named}
         return
-    calls, times, _ = dense(context, shape)
+    calls, times, _ = dense(context, replace(shape, kind="causal"))
     best = min(times, key=lambda n: times[n]["ms"])
     call: Callable[[], Any] = partial(run, p, name)
     extra: Row = {}
