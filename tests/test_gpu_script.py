@@ -228,7 +228,10 @@ def test_the_budget_ends_it(run: Callable[..., Any], tmp_path: Path) -> None:
     made = run(1, 3, budget=2.5)
     assert made.parts[1]["limit_s"] <= 0.1 + 2.5 * PARTS[1].limit / (PARTS[1].limit + PARTS[3].limit)
     missing = [r for r in made.rows if r["status"] == "missing"]
-    assert missing and all(r["why"] in ("the part's time was over", "the budget was used up") for r in missing)
+    over = ("the part's time was over", "the budget was used up")
+    assert missing and all(r["why"].startswith(over) and r["missing"] for r in missing)
+    left = {name for r in missing for name in r["missing"]}
+    assert left and left.isdisjoint(r["case"] for r in made.rows if r["status"] == "ok")
     assert "## Not run" in (tmp_path / "gpu.md").read_text()
 
 

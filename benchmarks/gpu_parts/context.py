@@ -19,8 +19,7 @@ class Context:
     def start(cls, options: Options) -> "Context":
         """Begin to work on the card, in full float32."""
         torch.manual_seed(0)
-        if options.dry:
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.set_grad_enabled(False)

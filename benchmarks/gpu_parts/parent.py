@@ -77,6 +77,7 @@ class Lane:
     def died(self, why: str | None = None) -> None:
         """The process is gone: a row says so, and another one goes on behind the case that it died of."""
         kill(self.process)
+        self.pipe.close()
         if self.cases is not None and all(name in self.done for name in self.cases):
             self.over = True
             return
@@ -94,10 +95,6 @@ class Lane:
         """The process, or the part, has had its time."""
         if time.monotonic() >= self.deadline:
             kill(self.process)
-            if self.current is not None:
-                self._lost("cut off: the part's time was over")
-            elif self.cases is None:
-                self.give_up("the part's time was over before a process was ready")
             self.over = True
         elif self.current is None:
             self.give_up(f"no process was ready within {STARTING:.0f} s")
@@ -218,9 +215,9 @@ class Run:
                     lane.hear()
                 elif time.monotonic() >= lane.patience:
                     lane.late()
-        self._note(
-            part, seconds, began, [m for lane in self.lanes for m in lane.missing()], "the part's time was over"
-        )
+        working = [lane.current["begin"] for lane in self.lanes if lane.current and lane.missing()]
+        why = "the part's time was over" + (f" (at work: {', '.join(working)})" if working else "")
+        self._note(part, seconds, began, [name for lane in self.lanes for name in lane.missing()], why)
 
     def _note(self, part: int, seconds: float, began: float, missing: list[str], why: str) -> None:
         took = time.monotonic() - began

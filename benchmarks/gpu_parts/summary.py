@@ -106,7 +106,7 @@ def page(rows: list[Row], parts: dict[int, Row], about: Row) -> str:
             p = parts[n]
             cells = [f"{p['limit_s']:.0f}", f"{p['took_s']:.0f}", *map(str, counts), str(len(p["missing"]))]
         else:
-            cells = ["", "", *map(str, counts), "all"]
+            cells = ["", "", *map(str, counts), "the rest" if any(counts) else "all"]
         out.append(f"| {n} {part.about} | {' | '.join(cells)} |")
     out += _troubles(rows)
     for n in PARTS:
