@@ -1,10 +1,12 @@
 """Tiles and blocks against the causal mask they stand for, also where a call begins inside a tile or a block."""
 
+import random
+
 import pytest
 import torch
 
 from hfpatch.core.blocks import Grid, kept_blocks, top_blocks, top_p, within_budget
-from hfpatch.core.selection import Causal, Layout
+from hfpatch.core.selection import BlockMap, Causal, Layout
 
 CALLS = [(40, 40), (40, 63), (9, 41), (1, 38)]  # queries, keys
 SIZES = [(8, 8), (16, 4), (4, 16), (7, 5)]
@@ -70,3 +72,21 @@ def test_top_p_is_the_smallest_set_that_reaches_it(mass: float) -> None:
         assert kept.sum() >= mass * row.sum() - 1e-6
         assert mass == 1.0 or kept[1:].sum() < mass * row.sum()
         assert mass == 1.0 or not len(row[~keep]) or row[~keep].max() <= kept[0]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pairs_of_a_block_map_are_those_of_its_mask(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    lk = rng.choice([1, 17, 63, 111, 257])
+    hkv, b = rng.choice([1, 3]), rng.choice([1, 3])
+    at = Layout(b, hkv * rng.choice([1, 4]), hkv, rng.choice([1, lk, rng.randint(1, lk)]), lk, torch.device("cpu"))
+    block_q, block_k = rng.choice([1, 5, 16, 64, 300]), rng.choice([1, 7, 16, 64, 300])
+    width = -(-lk // block_k)
+    shape = (rng.choice([1, b]), rng.choice([1, at.Hkv, at.Hq]), -(-at.Lq // block_q))
+    indices = torch.rand(*shape, width).argsort(-1)[..., : rng.randint(1, width)]
+    counts = torch.randint(0, indices.shape[-1] + 1, shape, dtype=torch.int32)
+    indices = torch.where(torch.arange(indices.shape[-1]) < counts[..., None], indices, 2**30)  # ignored, whatever
+    chosen = BlockMap(indices.to(rng.choice([torch.int32, torch.int64])), counts, block_q, block_k)
+    mask = chosen.mask(at)
+    assert int(chosen.attended(at)) == int(mask.sum()) * (b // mask.shape[0]) * (at.Hq // mask.shape[1])

@@ -154,16 +154,19 @@ class BlockMap(Selection):
         return keep.repeat_interleave(at.Hq // keep.shape[1], dim=1) if keep.shape[1] > 1 else keep
 
     def attended(self, at: Layout) -> Tensor:
-        i = torch.arange(at.off, at.Lk, device=self.indices.device)
-        block_of = torch.arange(at.Lq, device=i.device) // self.block_q
-        first = self.indices.long() * self.block_k
-        total = i.new_zeros(())
-        for n in range(self.indices.shape[2]):
-            rows = i[block_of == n]
-            seen = rows[:, None] + 1 - first[:, :, n].flatten()[None]
-            kept = seen.clamp(0, self.block_k) * self.listed()[:, :, n].flatten()[None]
-            total = total + kept.sum()
-        return total * (at.B // self.indices.shape[0]) * (at.Hq // self.indices.shape[1])
+        width = self.block_k
+        small = width * (at.Lk + self.block_q) < 2**31
+        first = self.indices.to(torch.int32 if small else torch.int64) * width
+        begin = torch.arange(at.off, at.Lk, self.block_q, dtype=first.dtype, device=first.device)
+        after = (begin + self.block_q).clamp_max(at.Lk)
+        kept = (_seen(after[:, None] - first, width) - _seen(begin[:, None] - first, width)) * self.listed()
+        return kept.sum() * (at.B // self.indices.shape[0]) * (at.Hq // self.indices.shape[1])
+
+
+def _seen(count: Tensor, width: int) -> Tensor:
+    """Keys of a block that the `count` queries from its first key on see: 1 + 2 + ..., at most `width` for each."""
+    rising = count.clamp(0, width)
+    return rising * (rising + 1) // 2 + (count - width).clamp_min(0) * width
 
 
 @dataclass(frozen=True, eq=False)
