@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from hfpatch import patch_model
+from hfpatch.core.call import rows_on
 
 from .log import Counts
 from .modes import move, pretending
@@ -59,6 +60,7 @@ def count(case: MethodCase, executor: str, way: str = "one prompt", model: str =
     cells = {phase: Cell() for phase in PHASES}
     calls: dict[str, list[Counts]] = {phase: [] for phase in PHASES}
     log.reset()
+    rows_on.cache_clear()
     tiny = zoo.SUPPORTED[model].build(num_hidden_layers=LAYERS)
     with pretending():
         move(tiny)
