@@ -13,9 +13,9 @@ from .selection import Layout, Selection, pairs
 Span = tuple[int, int] | None
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1024)
 def rows_on(device: torch.device, rows: tuple[int, ...]) -> Tensor:
-    """Row numbers `[n]` as an index on the device: kept, since all layers ask for the same and a copy makes a GPU wait."""
+    """Numbers of rows or heads `[n]` as an index on the device: kept, since a copy to a GPU is waited for."""
     with torch.inference_mode(False):  # a later call may be one of training
         return torch.tensor(rows, device=device)
 
