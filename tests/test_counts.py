@@ -6,7 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
-from methods_list import METHODS, MethodCase
+from methods_list import ALWAYS, METHODS, MethodCase
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install 'hfpatch[triton]')")
+
 from pretend import page
 from pretend.counting import EXECUTORS, PHASES, WAYS, count
 from pretend.modes import pretending
@@ -15,9 +18,17 @@ from pretend.tensors import OnGpu, log
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing needs to be pretended")
 
 TABLE = page.read()
+
+
+def marks(way: str, case: MethodCase, executor: str) -> tuple[pytest.MarkDecorator, ...]:
+    """By default one prompt, each method once by the fused kernel, a few by both executors."""
+    quick = case.name in ALWAYS if executor == "torch" else str(case) in (case.name, "dhsa-queries")
+    return () if way == WAYS[0] and quick and not (executor == "torch" and case.label) else (pytest.mark.slow,)
+
+
 ALL = [
-    pytest.param(way, case, executor, id=f"{way}-{case}-{executor}", marks=pytest.mark.slow if n else ())
-    for n, way in enumerate(WAYS)
+    pytest.param(way, case, executor, id=f"{way}-{case}-{executor}", marks=marks(way, case, executor))
+    for way in WAYS
     for case in METHODS
     for executor in EXECUTORS
 ]

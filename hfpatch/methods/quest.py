@@ -73,10 +73,11 @@ class Quest(Method[QuestConfig]):
 
     def _counts(self, count: int, device: torch.device) -> Tensor:
         """The number on the device; kept, since all layers of a step have the same."""
-        if self._last is None or self._last[0] != (count, device):
+        last = self._last
+        if last is None or last[0] != (count, device):
             with torch.inference_mode(False):  # a later step may be one of training
-                self._last = (count, device), torch.full((), count, device=device)
-        return self._last[1]
+                last = self._last = (count, device), torch.full((), count, device=device)
+        return last[1]
 
 
 class PageLists(BlockMap):

@@ -41,8 +41,8 @@ def main() -> int:
                 print(f"  logits {counted.error:.1e} from the CPU's")
                 _explain(counted, asked.operations)
                 faults |= any(c.faults for calls in counted.calls.values() for c in [*calls, counted.outside])
-    if asked.write:
-        page.write(table)
+        if asked.write:
+            page.write(table)
     return int(faults)
 
 
