@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-real test-newest test-floor real-models models schema lint types wheel clean
+.PHONY: demo test test-slow test-real test-newest test-floor real-models models schema counts lint types wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -63,6 +63,10 @@ models: $(STAMP)
 # recipes/schema.json anew, from the settings of every kind of job
 schema: $(STAMP)
 	$(BIN)/python -c "from hfpatch.evals.recipe.schema import write; write()"
+
+# tests/pretend/counts.md anew: operations and waits for the GPU of every method, counted without one
+counts: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(abspath $(BIN))/python -m pretend --write
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

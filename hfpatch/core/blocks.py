@@ -101,6 +101,12 @@ class Grid:
         least = self.least(floor) if floor and not isinstance(budget, int) else self.own
         return torch.maximum(self.own + spare.clamp(min=0), least)
 
+    def most(self, budget: int | float, floor: int, always: int) -> int:
+        """What no tile's number of blocks exceeds under a `budget`, where `always` ones are of sink and window."""
+        own = (self.block_q - 2) // self.block_k + 2
+        tokens = budget if isinstance(budget, int) else max(math.ceil(budget * self.at.Lk), floor)
+        return min(self.nk, own + max(tokens // self.block_k + 1, always))
+
     def least(self, floor: int) -> Tensor:
         """Blocks `[nQ]` with which every query of a tile sees `floor` keys, or all that there are."""
         short = floor - (self.first + 1 - self.before * self.block_k)
@@ -108,11 +114,19 @@ class Grid:
         return torch.minimum(self.own + spare.clamp(min=0), self.visible.sum(-1))
 
 
-def top_blocks(grid: Grid, score: Tensor, forced: Tensor, budget: Tensor) -> BlockMap:
-    """The `budget [nQ]` best visible blocks by `score [B, H, nQ, nK]`; the forced ones come first and count."""
+def longest(counts: Tensor, most: int) -> int:
+    """The largest of `counts`; on a GPU, which reading it would wait for, what none of them exceeds."""
+    return int(counts.max()) if counts.device.type == "cpu" else most
+
+
+def top_blocks(grid: Grid, score: Tensor, forced: Tensor, budget: Tensor, most: int | None = None) -> BlockMap:
+    """The `budget [nQ]` best visible blocks by `score [B, H, nQ, nK]`; the forced ones come first and count.
+
+    No tile has more than `most`.
+    """
     counts = torch.minimum(torch.maximum(budget, forced.sum(-1)), grid.visible.sum(-1))
     score = score.masked_fill(forced, torch.inf).masked_fill(~grid.visible, -torch.inf)
-    indices = score.topk(int(counts.max()), dim=-1).indices  # [B, H, nQ, K]
+    indices = score.topk(longest(counts, most or grid.nk), dim=-1).indices  # [B, H, nQ, K]
     return BlockMap(indices, counts.expand(*score.shape[:3]), grid.block_q, grid.block_k)
 
 
@@ -121,7 +135,8 @@ def kept_blocks(grid: Grid, keep: Tensor) -> BlockMap:
     keep = keep & grid.visible
     counts = keep.sum(-1)
     order = keep.int() * grid.nk - grid.blocks.int()  # kept blocks first, from the left
-    return BlockMap(order.topk(int(counts.max()), dim=-1).indices, counts, grid.block_q, grid.block_k)
+    indices = order.topk(longest(counts, grid.nk), dim=-1).indices
+    return BlockMap(indices, counts, grid.block_q, grid.block_k)
 
 
 def within_budget(grid: Grid, score: Tensor, keep: Tensor, forced: Tensor, budget: Tensor | None) -> BlockMap:
@@ -148,7 +163,7 @@ def top_p_blocks(
     if budget is not None:
         counts = torch.minimum(counts, budget)
     counts = torch.minimum(counts, grid.visible.sum(-1)).expand(*order.shape[:3])
-    return BlockMap(order[..., : int(counts.max())], counts, grid.block_q, grid.block_k)
+    return BlockMap(order[..., : longest(counts, grid.nk)], counts, grid.block_q, grid.block_k)
 
 
 def top_p(weights: Tensor, p: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from .selection import Layout, Selection, pairs
 
 Span = tuple[int, int] | None
+
+
+@lru_cache(maxsize=1024)
+def rows_on(device: torch.device, rows: tuple[int, ...]) -> Tensor:
+    """Numbers of rows or heads `[n]` as an index on the device: kept, since a copy to a GPU is waited for."""
+    with torch.inference_mode(False):  # a later call may be one of training
+        return torch.tensor(rows, device=device)
 
 
 class Forward:
@@ -149,7 +156,7 @@ class AttentionCall:
         """The same call for some of its rows (positions within this call)."""
         if rows == list(range(self.B)):
             return self
-        pick = torch.tensor(rows, device=self.q.device)
+        pick = rows_on(self.q.device, tuple(rows))
 
         def some(x: Tensor | None) -> Tensor | None:
             return x if x is None or x.shape[0] == 1 else x[pick]

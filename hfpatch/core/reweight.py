@@ -98,8 +98,11 @@ def reweight(
     weights the earlier ones left. With weights w and factors f on columns C:
     out' = (out + sum_C (f - 1) w v) / (1 + sum_C (f - 1) w).
     Queries left with so little of their weight that the difference loses digits are computed again from all keys;
-    one left with nothing gets out 0, lse -inf.
+    one left with nothing gets out 0, lse -inf. On a GPU, which a look for such queries would wait for, the one of a
+    decode step is always worked out from its whole row of weights.
     """
+    if call.Lq == 1 and call.q.device.type != "cpu" and not all(map(_harmless, groups)):
+        return _from_all_keys(call, slice(None), groups, selection, torch.float32, lse.dtype, out.dtype)
     total = out.to(lse.dtype)
     done: list[tuple[Tensor, Tensor]] = []
     left: Tensor | None = None
@@ -110,7 +113,7 @@ def reweight(
         factor = _broadcast(group.factor, weights)
         extra = weights * (factor - 1)
         norm = 1 + extra.sum(-1)
-        if not (group.positive or (isinstance(group.factor, (int, float)) and group.factor > CANCELLING)):
+        if not _harmless(group):
             left = norm if left is None else left * norm
         total = _moved(total, extra, norm, call.v[:, :, group.keys].to(lse.dtype))
         lse = lse + norm.log()
@@ -118,16 +121,28 @@ def reweight(
             done.append((group.indices(lse.device), factor))
     if left is not None:
         rows = (left > CANCELLING).logical_not().flatten(0, 1).any(0).nonzero()[:, 0]
+        exact = torch.float64 if call.q.device.type != "mps" else torch.float32
         for some in rows.split(max(1, CHUNK_ELEMENTS // (call.B * call.Hq * call.Lk))):
-            total[:, some], lse[:, :, some] = _from_all_keys(call, some, groups, selection, lse.dtype)
+            found = _from_all_keys(call, some, groups, selection, exact, lse.dtype, total.dtype)
+            total[:, some], lse[:, :, some] = found
     return total.to(out.dtype), lse
 
 
+def _harmless(group: Columns) -> bool:
+    """Whether the group can leave no query with so little of its weight that digits are lost."""
+    return group.positive or (isinstance(group.factor, (int, float)) and group.factor > CANCELLING)
+
+
 def _from_all_keys(
-    call: AttentionCall, rows: Tensor, groups: list[Columns], selection: Selection | None, dtype: torch.dtype
+    call: AttentionCall,
+    rows: Tensor | slice,
+    groups: list[Columns],
+    selection: Selection | None,
+    exact: torch.dtype,
+    lse_dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Reweighted `out [B, R, Hq, Dv]`, `lse [B, Hq, R]` of the queries `rows [R]` by their whole rows of weights."""
-    exact = torch.float64 if call.q.device.type != "mps" else torch.float32
     q, k, v = call.q[:, :, rows].to(exact), call.k.to(exact), call.v.to(exact).repeat_interleave(call.groups, dim=1)
     every = logits(q, k, scale=call.scale, softcap=call.softcap, bias=call.bias)
     seen = (selection or Causal()).mask(call.layout)[:, :, rows]
@@ -136,7 +151,7 @@ def _from_all_keys(
     weights = torch.exp(every - lse.masked_fill(lse.isneginf(), 0.0)[..., None])
     rest = 1 - weights.sum(-1) if call.sinks is not None else torch.zeros_like(lse)
     for group in groups:
-        columns = group.indices(rows.device)
+        columns = group.indices(lse.device)
         factor = _broadcast(group.factor, weights[..., columns])
         if factor.dim() > 1 and factor.shape[-2] == call.Lq > 1:
             factor = factor[..., rows, :]
@@ -145,7 +160,7 @@ def _from_all_keys(
         weights, rest = weights / norm[..., None], rest / norm
         lse = lse + norm.log()
     weights = weights.masked_fill(lse.isneginf()[..., None], 0.0)
-    return (weights @ v).transpose(1, 2).to(dtype), lse.to(dtype)
+    return (weights @ v).transpose(1, 2).to(dtype), lse.to(lse_dtype)
 
 
 def _broadcast(factor: Factor, weights: Tensor) -> Tensor:

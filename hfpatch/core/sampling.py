@@ -26,6 +26,11 @@ def sampled_weights(
     exact = k.dtype if stop - start == 1 else torch.float32  # a copy of all keys would cost a decode step most
     keys = k.to(exact) if pool == 1 else block_means(k, pool)  # [B, Hkv, m, D]
     bias = call.bias if pool == 1 else None
+    if stop - start == pool == 1:  # a decode step, whose query sees every key
+        some, q = None if bias is None else bias[..., : k.shape[2]], call.q[:, :, start:stop]
+        one = logits(q, keys, scale=call.scale, softcap=call.softcap, bias=some).float()
+        yield 0, one.softmax(-1).nan_to_num_(0.0)[:, :, None]
+        return
     begins = start + torch.arange(tiles, device=device)[:, None] * tile
     sizes = (begins + tile).clamp(max=stop) - begins
     picks = begins + (torch.arange(1, n + 1, device=device) * sizes // n - 1).clamp_min(0)  # the last of each n-th

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall
+from ..core.call import AttentionCall, rows_on
 from ..core.logits import causal, logits, weights
 
 CHUNK_ELEMENTS = 1 << 22
@@ -52,11 +52,12 @@ class ColumnSums:
 def _weights(call: AttentionCall, heads: list[int], start: int, stop: int) -> Tensor:
     """Softmax weights `[B, H, R, C]` in float32 of queries `start..stop`, over the keys up to the last of them."""
     seen = call.off + stop
-    q = call.q[:, heads, start:stop].float()
-    k = call.k[:, [h // call.groups for h in heads], :seen].float()  # [B, H, seen, D]
+    of, kv = (rows_on(call.q.device, tuple(n)) for n in (heads, [h // call.groups for h in heads]))
+    q = call.q[:, of, start:stop].float()
+    k = call.k[:, kv, :seen].float()  # [B, H, seen, D]
     bias = None if call.bias is None else call.bias[..., :seen]
     if bias is not None and bias.shape[1] > 1:
-        bias = bias[:, heads]
+        bias = bias[:, of]
     every = logits(q, k, scale=call.scale, softcap=call.softcap, bias=bias)
     past = causal(every, call.q_pos[start:stop], call.k_pos[:seen])
-    return weights(past, None if call.sinks is None else call.sinks[heads])
+    return weights(past, None if call.sinks is None else call.sinks[of])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.call import AttentionCall
+from ..core.call import AttentionCall, rows_on
 from ..core.method import Method
 from ..core.reweight import Columns
 from ..errors import ConfigError
@@ -130,12 +130,15 @@ class ACT(Method[ACTConfig]):
         heads = list(range(call.Hq)) if s.heads is None else self._heads.get(call.layer, [])
         if not heads or s.beta == 1:
             return []
-        sink = self._sinks(call, heads)
-        keys = sink.flatten(0, 1).any(0).nonzero()[:, 0]
-        if not len(keys):
-            return []
-        member = torch.zeros(call.B, call.Hq, 1, len(keys), dtype=torch.bool, device=call.q.device)  # [B, Hq, 1, n]
-        member[:, heads] = sink[..., keys][:, :, None]
+        sink, device = self._sinks(call, heads), call.q.device
+        keys: Tensor | slice = slice(0, call.Lk)
+        if call.Lq > 1 or device.type == "cpu":  # which keys are sinks a GPU would be waited for, so a step takes all
+            keys = sink.flatten(0, 1).any(0).nonzero()[:, 0]
+            if not len(keys):
+                return []
+            sink = sink[..., keys]
+        member = torch.zeros(call.B, call.Hq, 1, sink.shape[2], dtype=torch.bool, device=device)  # [B, Hq, 1, n]
+        member[:, slice(None) if s.heads is None else rows_on(device, tuple(heads))] = sink[:, :, None]
         beta = s.beta
 
         def factor(weights: Tensor) -> Tensor:

@@ -73,7 +73,10 @@ class BlockTopk(BlockSelector[BlockTopkConfig]):
         c, best = self.config, scores.amax(0)
         if c.top_p is None:
             budget = grid.budget(c.budget, c.floor)
-            return top_blocks(grid, best, grid.forced(c.sink_blocks, c.window_blocks, budget), budget)
+            forced = grid.forced(c.sink_blocks, c.window_blocks, budget)
+            return top_blocks(
+                grid, best, forced, budget, grid.most(c.budget, c.floor, c.sink_blocks + c.window_blocks)
+            )
         forced = grid.forced(c.sink_blocks, c.window_blocks)
         return within_budget(grid, best, top_p(scores, c.top_p).any(0), forced, None)
 

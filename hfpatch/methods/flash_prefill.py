@@ -92,7 +92,7 @@ def with_means(call: AttentionCall, grid: Grid, dropped: Tensor, out: Tensor, ls
     step = max(1, CHUNK_ELEMENTS // (call.B * call.Hq * grid.block_q * grid.nk))
     for n in range(0, grid.nq, step):
         rows = slice(n * grid.block_q, min((n + step) * grid.block_q, grid.at.Lq))
-        seen = int(grid.last[min(n + step, grid.nq) - 1]) // grid.block_k
+        seen = (grid.at.off + rows.stop - 1) // grid.block_k
         if not seen:
             continue
         means = logits(call.q[:, :, rows].float(), keys[:, :, :seen], scale=call.scale, softcap=call.softcap)

@@ -73,6 +73,7 @@ class Pattern(Method[PatternConfig]):
         self.window, self.sink = config.value("window_blocks", WINDOW), config.value("sink_blocks", SINK)
         self.stride = config.value("stride", STRIDE)
         self.uncovered: str | None = None
+        self._last: tuple[tuple[Layout, int], Selection | None] | None = None
         self.causality = "tile" if config.question_tokens else "yes"
 
     def prepare(self, model: nn.Module, layers: Sequence[int]) -> None:
@@ -92,14 +93,21 @@ class Pattern(Method[PatternConfig]):
 
     @torch.no_grad()
     def select(self, call: AttentionCall) -> Selection | None:
-        asking = call.asking(self.config.question_tokens)
-        stop = call.Lq - asking
-        if call.Lk <= self.block or not stop:
+        of = call.layout, call.asking(self.config.question_tokens)
+        last = self._last
+        if last is None or last[0] != of:  # all layers of a pass ask for the same
+            with torch.inference_mode(False):  # a later call may be one of training
+                last = self._last = of, self._selection(*of)
+        return last[1]
+
+    def _selection(self, at: Layout, asking: int) -> Selection | None:
+        stop = at.Lq - asking
+        if at.Lk <= self.block or not stop:
             return None
-        head = min(-call.off % self.block, stop)
-        parts = [(z, self._part(call.layout, a, z)) for a, z in ((0, head), (head, stop)) if z > a]
+        head = min(-at.off % self.block, stop)
+        parts = [(z, self._part(at, a, z)) for a, z in ((0, head), (head, stop)) if z > a]
         if asking:
-            parts.append((call.Lq, Causal()))
+            parts.append((at.Lq, Causal()))
         return parts[0][1] if len(parts) == 1 else Rows(parts)
 
     def _part(self, at: Layout, start: int, stop: int) -> Selection:

@@ -14,7 +14,7 @@ from ..config.registry import register_method
 from ..core.blocks import choosers, tokens_of
 from ..core.call import AttentionCall
 from ..core.method import Method
-from ..core.selection import BlockMap, Selection
+from ..core.selection import BlockMap, Layout, Selection
 
 FEWEST_PAGES = 3
 
@@ -50,6 +50,10 @@ class Quest(Method[QuestConfig]):
         "quest-paper": {"dense_layers": 2, "head_sharing": "head"}
     }
 
+    def __init__(self, config: QuestConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(config, tensors)
+        self._last: tuple[tuple[int, torch.device], Tensor] | None = None
+
     @torch.no_grad()
     def select(self, call: AttentionCall) -> Selection | None:
         c = self.config
@@ -61,58 +65,105 @@ class Quest(Method[QuestConfig]):
             call.state[name] = Pages(c.page, call.k)
         pages = call.state[name]
         pages.update(call.k)
-        bounds = pages.bounds(call.q[:, :, 0]).unflatten(1, (choosers(call.layout, c.head_sharing), -1)).sum(2)
+        bounds = pages.bounds(call.q[:, :, 0], choosers(call.layout, c.head_sharing))
         bounds[..., -1] = torch.inf
         count = min(max(FEWEST_PAGES, -(-tokens // c.page)), bounds.shape[-1])
         indices = bounds.topk(count, dim=-1, sorted=False).indices[:, :, None]
-        return BlockMap(indices, torch.full_like(indices[..., 0], count), 1, c.page)
+        return PageLists(indices, self._counts(count, call.q.device).expand(indices.shape[:3]), 1, c.page)
+
+    def _counts(self, count: int, device: torch.device) -> Tensor:
+        """The number on the device; kept, since all layers of a step have the same."""
+        last = self._last
+        if last is None or last[0] != (count, device):
+            with torch.inference_mode(False):  # a later step may be one of training
+                last = self._last = (count, device), torch.full((), count, device=device)
+        return last[1]
+
+
+class PageLists(BlockMap):
+    """Full lists of pages for one query, the last page in all of them: counted without a look."""
+
+    def attended(self, at: Layout) -> int:  # type: ignore[override]
+        whole = (self.indices.shape[-1] - 1) * self.block_k
+        return at.B * at.Hq * (whole + 1 + (at.Lk - 1) % self.block_k)
 
 
 class Pages:
-    """Elementwise minimum and maximum `[B, Hkv, capacity, D]` of the keys of each page, kept as keys arrive."""
+    """Elementwise maximum and minimum of the keys of each page, kept as keys arrive.
+
+    `ends [B, Hkv, capacity, 2 D]` has the maxima first, so that one product gives a bound.
+    """
 
     def __init__(self, size: int, k: Tensor) -> None:
         self.size, self.length = size, 0
-        self.low, self.high = self._space(k)
+        self.ends = self._space(k)
+        self.limits: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def high(self) -> Tensor:
+        """Maxima `[B, Hkv, capacity, D]`."""
+        return self.ends.chunk(2, -1)[0]
+
+    @property
+    def low(self) -> Tensor:
+        """Minima `[B, Hkv, capacity, D]`."""
+        return self.ends.chunk(2, -1)[1]
 
     def update(self, k: Tensor) -> None:
         """Take in `k [B, Hkv, Lk, D]`, all keys so far; pages that were full before are not read again."""
         length = k.shape[2]
-        locked = self.low.is_inference() and not torch.is_inference_mode_enabled()
-        if length <= self.length or locked or self.low.device != k.device or self.low.shape[:2] != k.shape[:2]:
+        locked = self.ends.is_inference() and not torch.is_inference_mode_enabled()
+        if length <= self.length or locked or self.ends.device != k.device or self.ends.shape[:2] != k.shape[:2]:
             self.length = 0
         first, whole, n = self.length // self.size, length // self.size, -(-length // self.size)
         if not self.length:
-            self.low, self.high = self._space(k)
-        elif n > self.low.shape[2]:
-            (low, high), old = self._space(k), self.low.shape[2]
-            low[:, :, :old], high[:, :, :old] = self.low, self.high
-            self.low, self.high = low, high
-        new = k[:, :, first * self.size :]
-        if whole > first:
+            self.ends = self._space(k)
+        elif n > self.ends.shape[2]:
+            ends, old = self._space(k), self.ends.shape[2]
+            ends[:, :, :old] = self.ends
+            self.ends = ends
+        new, high, low = k[:, :, first * self.size :], self.high, self.low
+        if whole > first and n > first + 1:
             full = new[:, :, : (whole - first) * self.size].unflatten(2, (-1, self.size))
-            self.low[:, :, first:whole], self.high[:, :, first:whole] = full.amin(3), full.amax(3)
-        if n > whole:
-            rest = new[:, :, (whole - first) * self.size :]
-            self.low[:, :, whole], self.high[:, :, whole] = rest.amin(2), rest.amax(2)
+            torch.amax(full, 3, out=high[:, :, first:whole])
+            torch.amin(full, 3, out=low[:, :, first:whole])
+            new, first = new[:, :, (whole - first) * self.size :], whole
+        if n > first:
+            torch.aminmax(new, dim=2, out=(low[:, :, first], high[:, :, first]))
         self.length = length
 
-    def _space(self, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _space(self, k: Tensor) -> Tensor:
         b, h, length, d = k.shape
         n = -(-length // self.size)
-        return k.new_zeros(b, h, n + n // 8 + 8, d), k.new_zeros(b, h, n + n // 8 + 8, d)
+        return k.new_zeros(b, h, n + n // 8 + 8, 2 * d)
 
-    def bounds(self, q: Tensor) -> Tensor:
-        """Upper bounds `[B, Hq, n]` in float32 of `q [B, Hq, D]` times any key of each page."""
-        n = -(-self.length // self.size)
-        q = q.float().unflatten(1, (self.low.shape[1], -1))  # [B, Hkv, G, D]
-        low, high = self.low[:, :, :n].float(), self.high[:, :, :n].float()
-        return (q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT).flatten(1, 2)
+    def bounds(self, q: Tensor, heads: int | None = None) -> Tensor:
+        """Upper bounds `[B, H, n]` of `q [B, Hq, D]` times any key of each page, added up over heads that share one.
+
+        In float32, or in bfloat16 where keys are and it is fast, on a GPU.
+        """
+        n, kv = -(-self.length // self.size), self.ends.shape[1]
+        fast = q.device.type != "cpu" and q.dtype == torch.bfloat16
+        ends, q = self.ends[:, :, :n], q if fast else q.float()
+        parts = q[:, :, None].clamp(*self._signs(q)).flatten(2).unflatten(1, (kv, -1))  # [B, Hkv, G, 2 D]
+        heads = heads or q.shape[1]
+        if heads <= kv:
+            parts = parts.sum(2, keepdim=True)
+        bounds = (parts @ ends.to(q.dtype).mT).flatten(1, 2)
+        return bounds if heads >= kv else bounds.sum(1, keepdim=True)
+
+    def _signs(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a query meets maxima and what minima: limits `[2, 1]`."""
+        if self.limits is None or self.limits[0].device != q.device or self.limits[0].dtype != q.dtype:
+            low = torch.zeros(2, 1, dtype=q.dtype, device=q.device)
+            low[1] = -torch.inf
+            self.limits = low, -low.flip(0)
+        return self.limits
 
     def reorder(self, index: Tensor) -> "Pages":
         """The pages of rows `index [n]`."""
         out = copy.copy(self)
-        out.low, out.high = (x.index_select(0, index.to(x.device)) for x in (self.low, self.high))
+        out.ends = self.ends.index_select(0, index.to(self.ends.device))
         return out
 
     def crop(self, length: int) -> None:

@@ -109,8 +109,8 @@ class ZeroTuning(Method[ZeroTuningConfig]):
         key = (call.layer if self._by_layer else None, call.q.device)
         if key not in self._columns:
             with torch.inference_mode(False):  # a later call may be one of training
-                factor = self._head_factors(call.layer, call.Hq).to(call.q.device)
-            changes = bool((factor != 1).any())
+                own = self._head_factors(call.layer, call.Hq)
+                changes, factor = bool((own != 1).any()), own.to(call.q.device)
             self._columns[key] = [Columns(slice(0, 1), factor, positive=True)] if changes else []
         return self._columns[key]
 

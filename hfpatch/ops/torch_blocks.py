@@ -20,7 +20,8 @@ CHUNK_KEYS = 1 << 14
 class Plan:
     """A `BlockMap` put in order: per query block the key blocks before it first, then the partly visible ones.
 
-    `own [nQ]`: whether the latter are exactly the query block's own tokens, for all rows and heads.
+    `own [nQ]`: whether the latter are exactly the query block's own tokens, for all rows and heads; empty unless asked
+    for, since it is read from the device.
     """
 
     order: Tensor
@@ -29,7 +30,7 @@ class Plan:
     own: list[bool]
 
     @classmethod
-    def of(cls, sel: BlockMap, problem: Problem, heads: int) -> "Plan":
+    def of(cls, sel: BlockMap, problem: Problem, heads: int, own: bool = False) -> "Plan":
         """`order [B|1, heads, nQ, K]`, number of `full` and `partial` blocks `[B|1, heads, nQ]`."""
         at, idx = problem.at, sel.indices.long()
         nq = -(-at.Lq // sel.block_q)
@@ -39,13 +40,15 @@ class Plan:
         full = listed & ((idx + 1) * sel.block_k <= first)
         partial = listed & ~full & (idx * sel.block_k <= last)
         rank = 2 - 2 * full.to(torch.int8) - partial.to(torch.int8)
-        sorted_already = bool((rank[..., 1:] >= rank[..., :-1]).all())
+        sorted_already = idx.device.type == "cpu" and bool((rank[..., 1:] >= rank[..., :-1]).all())
         order = idx if sorted_already else idx.gather(-1, rank.argsort(dim=-1, stable=True))
-        count = partial.sum(-1)
-        inside = count * sel.block_k == (last - first + 1)[:, 0]
-        begins = torch.where(partial, idx * sel.block_k, at.Lk).amin(-1) == first[:, 0]
+        count, told = partial.sum(-1), []
+        if own:
+            inside = count * sel.block_k == (last - first + 1)[:, 0]
+            begins = torch.where(partial, idx * sel.block_k, at.Lk).amin(-1) == first[:, 0]
+            told = (inside & begins).all(0).all(0).tolist()
         order, full, count = (t.expand(-1, heads, *t.shape[2:]) for t in (order, full.sum(-1), count))
-        return cls(order, full, count, (inside & begins).all(0).all(0).tolist())
+        return cls(order, full, count, told)
 
 
 def run(problem: Problem, out: Output, kernel: Kernel) -> None:
@@ -57,7 +60,7 @@ def run(problem: Problem, out: Output, kernel: Kernel) -> None:
     if at.Lq == 1 and problem.bias is None:
         return torch_block_decode.run(problem, sel, out, kernel)
     heads = at.Hq if sel.indices.shape[1] == at.Hq else at.Hkv
-    work = _Work(problem, sel, kernel, Plan.of(sel, problem, heads), heads)
+    work = _Work(problem, sel, kernel, Plan.of(sel, problem, heads, own=True), heads)
     chunk = max(1, CHUNK_KEYS // max(1, sel.indices.shape[-1] * sel.block_k * heads))
     whole = at.Lq // sel.block_q
     for b in range(at.B):

@@ -5,6 +5,10 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .last_answer import LastAnswer
+
+_last: "LastAnswer[int | None]" = LastAnswer()
+
 
 def is_cache(value: Any) -> bool:
     """Whether an argument is a cache of keys: releases change the keyword's name, not what it is."""
@@ -35,13 +39,26 @@ def find_slot(cache: Any, layer_idx: int | None, key: Tensor) -> int | None:
     return next((n for n, layer in enumerate(layers) if getattr(layer, "keys", None) is key), own)
 
 
-def tokens_seen(cache: Any, slot: int | None, layer_idx: int | None, key: Tensor) -> int | None:
-    """Tokens a cache has seen: asked of the layer in use, else of an earlier one; None where none of them tells."""
+def tokens_seen(
+    cache: Any, slot: int | None, layer_idx: int | None, key: Tensor, positions: Any = None, asker: int | None = None
+) -> int | None:
+    """Tokens a cache has seen: asked of the layer in use, else of an earlier one; None where none of them tells.
+
+    Static layers count on the device. One of those that share the tensor `positions`, as all layers of a forward pass
+    do, is read, once for each `asker`.
+    """
     layers = layers_of(cache)
     if slot is None:
         return None if layers or layer_idx is None else _length_at(cache, layer_idx)
     if layers[slot].__class__ is DynamicLayer and layers[slot].keys is key:
         return int(key.shape[2])  # as its get_seq_length has it
+    if isinstance(positions, Tensor) and has_room(cache, slot, key.shape[2]):
+        of = (id(cache), key.shape[2])
+        return _last.of(positions, of, asker, lambda: _length_from(cache, slot), once=True)
+    return _length_from(cache, slot)
+
+
+def _length_from(cache: Any, slot: int) -> int | None:
     found = (_length_at(cache, index) for index in range(slot, -1, -1))
     return next((n for n in found if n is not None), None)
 

@@ -21,15 +21,15 @@ class LastAnswer(Generic[T]):
     """One answer, for one tensor and one `key`.
 
     Inference tensors do not tell when they change: there each `asker` (a layer) is given an answer once, then the
-    tensor is read again.
+    tensor is read again. So it is with `once`, for answers that a pass changes although the tensor stays as it was.
     """
 
     def __init__(self) -> None:
         self._memo: _Memo | None = None
 
-    def of(self, tensor: Tensor, key: Hashable, asker: int | None, find: Callable[[], T]) -> T:
+    def of(self, tensor: Tensor, key: Hashable, asker: int | None, find: Callable[[], T], once: bool = False) -> T:
         """The remembered answer if it still holds, else `find()`."""
-        version = None if tensor.is_inference() else tensor._version
+        version = None if once or tensor.is_inference() else tensor._version
         memo = self._memo
         if memo is not None and memo.tensor() is tensor and (memo.version, memo.key) == (version, key):
             if version is not None:

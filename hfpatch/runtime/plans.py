@@ -10,12 +10,14 @@ from ..core.audit import Audit
 from ..core.call import AttentionCall
 from ..core.report import PhaseStats
 from ..core.reweight import Columns, as_bias, reweight
-from ..core.selection import Selection, intersect
+from ..core.selection import Layout, Selection, intersect
 from ..ops import attend, attend_out
 from ..ops.torch_decode import beats_sdpa
 from .chain import Chain
 from .raw_call import RawCall
 from .row_slice import RowSlice
+
+_COUNTED = "_hfpatch_counted"
 
 
 @dataclass(eq=False)
@@ -97,7 +99,7 @@ def attended(plan: Plan, stats: PhaseStats, audit: Audit | None = None) -> Tenso
     }  # fmt: skip
     seen: int | Tensor = call.visible
     if selection is not None:
-        seen = selection.attended(call.layout)
+        seen = _kept(selection, call.layout)
     elif call.dropped:
         seen = call.layout.visible
     chain = plan.chain
@@ -114,6 +116,15 @@ def attended(plan: Plan, stats: PhaseStats, audit: Audit | None = None) -> Tenso
     if plan.columns:
         out, call.lse = reweight(call, out, done.lse, plan.columns, selection)
     return out
+
+
+def _kept(selection: Selection, at: Layout) -> int | Tensor:
+    """Pairs that a selection keeps: counted once where layers share it, and read by nobody before the report is."""
+    known: tuple[Layout, int | Tensor] | None = getattr(selection, _COUNTED, None)
+    if known is None or known[0] != at:
+        known = at, selection.attended(at)
+        object.__setattr__(selection, _COUNTED, known)  # selections are frozen
+    return known[1]
 
 
 def _finished(plan: Plan, out: Tensor) -> Tensor:

@@ -85,7 +85,8 @@ class RawCall:
         if self._total is None:  # by hand: before Python 3.12 a cached_property takes a lock
             length: int | None = self.k.shape[2]
             if self.cache is not None:
-                length = tokens_seen(self.cache, self.slot, getattr(self.module, "layer_idx", None), self.k)
+                layer, positions = getattr(self.module, "layer_idx", None), self.kwargs.get("position_ids")
+                length = tokens_seen(self.cache, self.slot, layer, self.k, positions, id(self.module))
             self._total = _UNKNOWN if length is None else length
         return self._total
 

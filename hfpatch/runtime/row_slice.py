@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..core.call import rows_on
+
 
 class RowSlice(NamedTuple):
     """Batch rows, in order, and positions `start..stop`: their real tokens among all, or their queries in a call."""
@@ -28,18 +30,18 @@ class RowSlice(NamedTuple):
     def take(self, x: Tensor, dim: int = 2) -> Tensor:
         """These rows and positions along `dim` of `x`; `x` itself where that is all of it."""
         if len(self.rows) != x.shape[0]:
-            x = x[self._index]
+            x = x[self._index(x)]
         return x if (self.start, self.stop) == (0, x.shape[dim]) else x.narrow(dim, self.start, self.length)
 
     def put(self, out: Tensor, part: Tensor) -> None:
         """Write `part [R, n, Hq, Dv]` to these rows and positions of `out [B, Lq, Hq, Dv]`."""
-        out[self._index, self.start : self.stop] = part
+        out[self._index(out), self.start : self.stop] = part
 
     def covers(self, x: Tensor) -> bool:
         """Whether these are all rows and positions of `x [B, Lq, ...]`."""
         return (len(self.rows), self.start, self.stop) == (x.shape[0], 0, x.shape[1])
 
-    @property
-    def _index(self) -> Any:
+    def _index(self, x: Tensor) -> Any:
+        """The rows as an index of `x [B, ...]`."""
         first, last = self.rows[0], self.rows[-1]
-        return slice(first, last + 1) if last - first + 1 == len(self.rows) else list(self.rows)
+        return slice(first, last + 1) if last - first + 1 == len(self.rows) else rows_on(x.device, self.rows)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hfpatch.config.registry import get_method, list_methods
 from hfpatch.core.block_selector import BlockSelector
+from hfpatch.core.blocks import Grid
 from hfpatch.core.call import AttentionCall
-from hfpatch.core.selection import BlockMap
+from hfpatch.core.selection import BlockMap, Layout
 
 # settings by which nothing but the budget bounds the choice, and what is then forced far beyond any budget here
 BUDGETED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -121,3 +122,18 @@ def test_every_sparse_prefill_takes_a_question() -> None:
     for name in sparse:
         assert "question_tokens" in {f.name for f in dataclasses.fields(get_method(name).config_class)}, name
     assert sparse - {"dhsa"} == QUESTIONED
+
+
+@pytest.mark.parametrize("budget", [1, 40, 200, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 64), (64, 16), (128, 32)], ids=str)
+def test_no_tile_gets_more_blocks_than_sizes_alone_allow(budget: int | float, sizes: tuple[int, int]) -> None:
+    for lq, lk, floor, sink, window in (
+        (257, 257, 0, 1, 2),
+        (100, 403, 90, 0, 1),
+        (1, 300, 0, 3, 9),
+        (40, 41, 9, 0, 0),
+    ):
+        grid = Grid.of(Layout(1, 1, 1, lq, lk, torch.device("cpu")), *sizes)
+        given = grid.budget(budget, floor)
+        least = int(torch.maximum(given, grid.forced(sink, window, given).sum(-1)).minimum(grid.visible.sum(-1)).max())
+        assert least <= grid.most(budget, floor, sink + window) <= grid.nk

@@ -6,6 +6,7 @@ from dhsa_helpers import call, method
 from torch import Tensor
 
 from hfpatch.methods.dhsa import KEY, boundaries
+from hfpatch.methods.dhsa.finder import Finder
 
 
 def test_greedy_suppression_equals_brute_force() -> None:
@@ -86,3 +87,20 @@ def test_no_chunk_mixes_the_sink_with_what_follows(boundaries: str) -> None:
     chunk = int((starts[0] == 7).nonzero()[0])
     mean = c.k[0, :, 7 : int(ends[0, chunk])].mean(1)
     torch.testing.assert_close(table.chunks(c.k).statistics[0, :, chunk, :16], mean)
+
+
+@pytest.mark.parametrize("settings", [
+    {"boundaries": "fixed"}, {"boundaries": "fixed", "chunk": 4, "longest": 3}, {}, {"radius": 0, "chunk": 1},
+    {"align": 4}, {"longest": 5, "align": 2, "radius": 0, "chunk": 4}, {"sink": 3, "longest": 0, "chunk": 300},
+])  # fmt: skip
+def test_there_are_no_more_boundaries_than_sizes_allow_and_lists_say_the_same(settings: dict) -> None:
+    c = call(257, 257)
+    finder = Finder(method(**settings).config, None)
+    for start, stop in ((0, 257), (0, 9), (40, 101), (256, 257)):
+        flags = finder.find(c, start, stop, None)
+        most = finder.most(stop - start)
+        assert int(flags.sum(1).max()) <= most
+        got = boundaries.to_list(flags, start)
+        for row, listed in zip(flags, got, strict=True):
+            at = (row.nonzero()[:, 0] + start).tolist()
+            assert listed.tolist() == at + [stop] * (got.shape[1] - len(at))

@@ -246,3 +246,24 @@ def test_a_layer_without_a_length_leaves_it_to_an_earlier_one() -> None:
     assert [tokens_seen(cache, slot, slot, keys) for slot in range(3)] == [5, 5, 5]
     cache.layers = cache.layers[1:]
     assert tokens_seen(cache, 1, 1, keys) is None
+
+
+class Read(StaticCache):
+    """Counts how often its length is asked for."""
+
+    asked = 0
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked += 1
+        return super().get_seq_length(*args, **kwargs)
+
+
+def test_a_static_cache_is_asked_for_its_length_once_for_all_layers_of_a_pass() -> None:
+    cache = Read(zoo.SUPPORTED["llama"].build().config, max_cache_len=8)
+    positions, seen = torch.zeros(1, 1, dtype=torch.long), []
+    for _ in range(2):  # two passes with the same positions, as when a cache is rolled back
+        for slot in range(3):
+            keys, _ = cache.update(torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 2, 16), slot)
+            seen.append(tokens_seen(cache, slot, slot, keys, positions, asker=slot))
+    assert seen == [2] * 3 + [4] * 3 and cache.asked == 2
+    assert tokens_seen(cache, 1, 1, keys) == 4 and cache.asked == 3

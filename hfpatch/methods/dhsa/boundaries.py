@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ROUNDS = 32
+from ...core.blocks import longest
+
+ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,15 @@ def suppress(score: Tensor, radius: int) -> Tensor:
         1, ranked, torch.arange(length, device=score.device).expand_as(score) + 1.0
     )
     kept, radius = torch.zeros_like(alive), min(radius, length)
-    while bool(alive.any()):
-        for _ in range(min(ROUNDS, 4)):
+    while True:
+        for _ in range(ROUNDS):
             now = torch.where(alive, rank, 0.0)
             best = _spread(now, radius)
             chosen = alive & (best == now)
             kept |= chosen
             alive &= _spread(chosen.to(rank.dtype), radius) == 0
-    return kept
+        if not bool(alive.any()):
+            return kept
 
 
 def _spread(x: Tensor, radius: int) -> Tensor:
@@ -133,17 +136,20 @@ def snap(flags: Tensor, start: int, align: int) -> Tensor:
 def fixed(batch: int, start: int, stop: int, size: int, device: torch.device) -> Tensor:
     """Bool `[B, stop - start]`: chunks begin at every multiple of `size`, counted from token 0."""
     flags = torch.arange(start, stop, device=device) % size == 0
-    flags[0] = True
+    flags[:1] = True
     return flags.expand(batch, -1)
 
 
-def to_list(flags: Tensor, start: int) -> Tensor:
-    """Boundary positions `[B, C]` of `flags [B, n]`, padded with the region's end `start + n`."""
-    rows, columns = flags.nonzero(as_tuple=True)
-    slot = (flags.cumsum(1) - 1)[rows, columns]
-    out = columns.new_full((flags.shape[0], int(flags.sum(1).max())), start + flags.shape[1])
-    out[rows, slot] = columns + start
-    return out
+def to_list(flags: Tensor, start: int, most: int | None = None) -> Tensor:
+    """Boundary positions `[B, C]` of `flags [B, n]`, padded with the region's end `start + n`.
+
+    C is the largest number of them in a row; on a GPU, which reading it would wait for, the `most` there can be.
+    """
+    b, n = flags.shape
+    count = longest(flags.sum(1), n if most is None else min(most, n))
+    place = torch.arange(start, start + n, device=flags.device).expand(b, n)
+    slot = torch.where(flags, flags.cumsum(1) - 1, count)
+    return place.new_full((b, count + 1), start + n).scatter_(1, slot, place)[:, :count]
 
 
 def brute_force(score: list[float], radius: int) -> list[int]:

@@ -19,9 +19,13 @@ from torch import Tensor
 from ...core.selection import BlockMap, Layout
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Room:
-    """The budget of query blocks `[nQ]`, in units: sink `[0, sink)`, recent `[low, high)`, `budget` of `total`."""
+    """The budget of query blocks `[nQ]`, in units: sink `[0, sink)`, recent `[low, high)`, `budget` of `total`.
+
+    `recent [nQ]` is where in the list the recent units begin, `shift [nQ]` what turns a slot there into a unit;
+    `slots [budget]` are the slots of a list, `full` (no dimensions) is its length.
+    """
 
     sink: int
     low: Tensor
@@ -29,10 +33,11 @@ class Room:
     budget: int
     total: int
 
-    @property
-    def recent(self) -> Tensor:
-        """Where in the list the recent units begin, `[nQ]`."""
-        return self.budget - self.high + self.low
+    def __post_init__(self) -> None:
+        self.recent = self.budget - self.high + self.low
+        self.shift = self.low - self.recent
+        self.slots = torch.arange(self.budget, device=self.low.device)
+        self.full = torch.full((), self.budget, dtype=torch.int32, device=self.low.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +76,12 @@ def kept_units(score: Tensor, starts: Tensor, ends: Tensor, room: Room) -> tuple
 def _best(score: Tensor, length: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """Chunks in order of `score [B, H, nQ, C]`, as many as fill the budget, with their lengths.
 
-    Twice as many as chunks of average length would take; only where that falls short all are sorted.
+    Twice as many as chunks of average length would take; only where that falls short all are sorted. On a GPU, which
+    would be waited for to see that, all are.
     """
     count = score.shape[-1]
     some = 2 * count * room.budget // max(1, room.total) + 16
-    if some < count:
+    if some < count and score.device.type == "cpu":
         order = score.topk(some, dim=-1).indices
         sizes = length.gather(-1, order)
         if bool((sizes.sum(-1) >= room.recent - room.sink).all()):
@@ -97,13 +103,13 @@ def list_units(kept: Tensor, first: Tensor, room: Room) -> Tensor:
     lists = kept.new_zeros(b, h, n, room.budget + 1)
     lists.scatter_(-1, slot, shift)
     recent = room.recent
-    lists.scatter_(-1, recent[:, None].expand(b, h, n, 1), (room.low - recent)[:, None].expand(b, h, n, 1))
+    lists.scatter_(-1, recent[:, None].expand(b, h, n, 1), room.shift[:, None].expand(b, h, n, 1))
     lists = lists[..., :-1].cummax(-1).values
-    return lists + torch.arange(room.budget, device=kept.device)
+    return lists + room.slots
 
 
 def choose(score: Tensor, starts: Tensor, ends: Tensor, room: Room, block_q: int, align: int) -> TokenLists:
     """Token lists of all query blocks; every block must have at least `budget` units up to its end."""
     kept, first = kept_units(score, starts, ends, room)
     lists = list_units(kept, first, room).int()
-    return TokenLists(lists, lists.new_full(lists.shape[:3], room.budget), block_q, align)
+    return TokenLists(lists, room.full.expand(lists.shape[:3]), block_q, align)

@@ -36,6 +36,11 @@ class Finder:
             flags = split_long(flags, c.longest)
         return snap(flags, start, c.align) if c.align > 1 else flags
 
+    def most(self, tokens: int) -> int:
+        """What the boundaries found among so many tokens do not exceed in number."""
+        c = self.config
+        return tokens // c.chunk + (tokens // c.longest if c.longest else 0) + 4
+
     def score(self, call: AttentionCall, start: int, stop: int) -> Tensor:
         """Boundary scores `[B, stop - start]`; -inf where there are too few tokens on a side."""
         c = self.config

@@ -56,6 +56,7 @@ class Dhsa(Method[DhsaConfig]):
         self.rotary = Rotary()
         self.needs = frozenset({"forward"} if config.layer_sharing != "none" else ())
         self.sharing = LayerSharing(config.layer_sharing)
+        self._rooms: tuple[Any, Tensor, Room] | None = None
         self._chunks: dict[int, tuple[Tensor, int]] = {}  # layer: chunks cut last, tokens in them
 
     def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
@@ -119,11 +120,10 @@ class Dhsa(Method[DhsaConfig]):
         if stop <= dense or off + stop <= units * align:
             return None
         chunks = table.bare if c.score == "queries" else table.chunks(call.k, upto=off + stop - c.local)
-        begin = torch.arange(off + dense, off + stop, block, device=call.q.device)  # [nQ]
+        begin, room = self._room(call, (off + dense, off + stop), block, units)
         score = self._score(call, chunks, begin, dense, stop, block)  # [B, H, nQ, C]
         if call.Lq > off:  # most of a prompt: the moments would lie idle while the other layers work
             table.forget()
-        room = self._room(begin, (begin + block).clamp(max=off + stop), units, call.Lk)
         lists = choose(score, whole(chunks.starts, align), whole(chunks.ends, align), room, block, align)
         parts: list[tuple[int, Selection]] = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
@@ -137,12 +137,21 @@ class Dhsa(Method[DhsaConfig]):
         q = pool_queries(call.q[:, :, start:stop], block)  # [B, Hq, nQ, D]
         return score_chunks(q, chunks, c.score, begin, call.scale, shared)
 
-    def _room(self, begin: Tensor, end: Tensor, units: int, keys: int) -> Room:
-        """The budget of query blocks at positions `begin .. end`, both `[nQ]`."""
+    def _room(self, call: AttentionCall, queries: tuple[int, int], block: int, units: int) -> tuple[Tensor, Room]:
+        """Where the query blocks at positions `queries` begin, `[nQ]`, and their budget: all layers have the same."""
+        of = (*queries, block, units, call.Lk, call.q.device)
+        last = self._rooms
+        if last is None or last[0] != of:
+            with torch.inference_mode(False):  # a later call may be one of training
+                last = self._rooms = (of, *self._new_room(call, queries, block, units))
+        return last[1:]
+
+    def _new_room(self, call: AttentionCall, queries: tuple[int, int], block: int, units: int) -> tuple[Tensor, Room]:
         c, align = self.config, self.config.align
-        sink = -(-c.sink // align)
+        sink, begin = -(-c.sink // align), torch.arange(*queries, block, device=call.q.device)
         low = whole(begin - c.local, align).clamp(min=sink)
-        return Room(sink, low, whole(end + (align - 1), align), units, keys // align)
+        high = whole((begin + block).clamp(max=queries[1]) + (align - 1), align)
+        return begin, Room(sink, low, high, units, call.Lk // align)
 
     def _question(self, call: AttentionCall) -> int:
         """Queries at the end of the call that attend densely: from the span "question" on, or `question_tokens`."""
@@ -176,6 +185,6 @@ class Dhsa(Method[DhsaConfig]):
             forced = stop - question - start if question else None
             return self.sharing.once("boundaries", call, (start, stop), finder.find, call, start, stop, forced)
 
-        table.close(stop, find, call.Lk)
+        table.close(stop, find, call.Lk, finder.most(stop - table.closed))
         starts, ends = table.spans
         self._chunks[call.layer] = ((ends > starts).sum(), call.B * table.seen)

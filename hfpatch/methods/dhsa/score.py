@@ -63,16 +63,17 @@ def score_by_queries(
     heads that share the selection.
     """
     ends, heads = chunks.ends, 1 if shared else call.Hkv
-    out = torch.full((call.B, heads, -(-(stop - start) // block), ends.shape[1]), -torch.inf, device=ends.device)
+    parts = []
     length = chunks.length.clamp_min(1)[:, None, None]
-    for first, weights in sampled_weights(call, start, stop, block, queries):
-        mass = weights.mean(3).unflatten(1, (heads, -1)).sum(2)  # [B, H, tiles, seen]
+    for _, weights in sampled_weights(call, start, stop, block, queries):
+        mean = weights.mean(3) if weights.shape[3] > 1 else weights[:, :, :, 0]
+        mass = mean.unflatten(1, (heads, -1)).sum(2)  # [B, H, tiles, seen]
         exact = torch.float32 if mass.device.type == "mps" else torch.float64
         upto = pad(mass.to(exact).cumsum(-1), (1, 0))
         edges = torch.stack([chunks.starts, ends]).clamp(max=mass.shape[3])[:, :, None, None]  # [2, B, 1, 1, C]
         begin, end = (upto.gather(-1, e.expand(*mass.shape[:3], -1)) for e in edges)
-        out[:, :, first : first + mass.shape[2]] = ((end - begin).clamp_min(0).float() / length).log()
-    return out
+        parts.append(((end - begin).clamp_min(0).float() / length).log())
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _mass(q: Tensor, chunks: Chunks, upto: Tensor, scale: float, shared: bool) -> Tensor:

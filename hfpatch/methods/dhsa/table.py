@@ -118,11 +118,14 @@ class ChunkTable:
         """Drop the moments of closed chunks; they are measured anew, from the keys, when next asked for."""
         self.moments, self.measured = self.moments[:, :, -1:].clone(), 0
 
-    def close(self, stop: int, find: Finder, keys: int | None = None) -> None:
-        """Cut tokens `closed .. stop`, of `keys` known, into chunks; `find(start, stop)` flags `[B, stop - start]`."""
+    def close(self, stop: int, find: Finder, keys: int | None = None, most: int | None = None) -> None:
+        """Cut tokens `closed .. stop`, of `keys` known, into at most `most` chunks.
+
+        `find(start, stop)` gives flags `[B, stop - start]`.
+        """
         if stop > self.closed:
             self.closings = (*self.closings, (keys or stop, stop, self.starts.shape[1]))
-            self.starts = torch.cat([self.starts, to_list(find(self.closed, stop), self.closed)], 1)
+            self.starts = torch.cat([self.starts, to_list(find(self.closed, stop), self.closed, most)], 1)
         self.closed = self.seen = self.added = stop
         self.open = torch.zeros_like(self.open)
         self.moments = F.pad(self.moments[:, :, :-1], (0, 0, 0, 1))

@@ -154,40 +154,40 @@ class Flux(Method[FluxConfig]):
         if key not in call.state:
             call.state[key] = self._decide(call)
             self._count(call, call.state[key])
-        sparse = call.state[key].tolist()
         phase = "decode" if call.phase == "decode" else "prefill"
         child = self.child if phase in self.child.acts_in else None
-        return [child if s else None for s in sparse]
+        return [child if s else None for s in call.state[key]]
 
     def _retain(self, call: AttentionCall) -> SinkWindow | None:
         """The only keys these rows will ever look at again."""
-        sparse = call.state.get("flux-sparse")
-        if sparse is None or not bool(sparse.all()) or not isinstance(self.child, Streaming):
+        sparse: list[bool] | None = call.state.get("flux-sparse")
+        if sparse is None or not all(sparse) or not isinstance(self.child, Streaming):
             return None
         return SinkWindow(self.child.config.sink, self.child.config.window)
 
     @torch.no_grad()
-    def _decide(self, call: AttentionCall) -> Tensor:
-        """Whether each row goes sparse in this layer, bool `[B]`."""
+    def _decide(self, call: AttentionCall) -> list[bool]:
+        """Whether each row goes sparse in this layer."""
         if self.routers is not None:
             if call.q_pre_rope is None:
                 raise UnsupportedModelError(f"flux: layer {call.layer} gave no queries before RoPE.")
             router = self.routers[call.layer].to(call.q.device)
-            return router(pool_ends(call.q_pre_rope, self.config.pool)).argmax(-1) != FULL
+            ways: list[int] = router(pool_ends(call.q_pre_rope, self.config.pool)).argmax(-1).tolist()
+            return [way != FULL for way in ways]
         if self.config.router == "oracle":
             return self._try_both(call)
-        return torch.full((call.B,), call.layer in self._sparse_layers, device=call.q.device)
+        return [call.layer in self._sparse_layers] * call.B
 
-    def _try_both(self, call: AttentionCall) -> Tensor:
+    def _try_both(self, call: AttentionCall) -> list[bool]:
         selection = self.child.select(call)
         common: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
         full = attend(call.q, call.k, call.v, selection=None, **common).out.float()
         sparse = attend(call.q, call.k, call.v, selection=selection, **common).out.float()
         error = (sparse - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)
-        return error <= self.config.tolerance
+        close: list[bool] = (error <= self.config.tolerance).tolist()
+        return close
 
-    def _count(self, call: AttentionCall, sparse: Tensor) -> None:
-        chosen = sparse.tolist()
+    def _count(self, call: AttentionCall, chosen: list[bool]) -> None:
         self.frequency[call.layer].update("sparse" if s else "full" for s in chosen)
         self.last.setdefault(call.layer, {}).update(zip(call.rows, chosen, strict=True))
 
