@@ -23,7 +23,7 @@ class SampledConfig(BlockConfig):
     """Settings of `sampled`."""
 
     method: ClassVar[str] = "sampled"
-    queries: int = option(4, "real queries per tile that choose for it, the last one among them", ge=1)
+    queries: int = option(8, "real queries per tile that choose for it, the last one among them", ge=1)
     pool: int = option(1, "keys per mean that they look at; 1 is the keys themselves", ge=1)
     top_p: float = option(0.9, "keep the fewest blocks with this share of the queries' attention", gt=0, le=1)
     budget: int | float | None = most_keys()
