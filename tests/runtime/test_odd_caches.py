@@ -261,9 +261,10 @@ class Read(StaticCache):
 def test_a_static_cache_is_asked_for_its_length_once_for_all_layers_of_a_pass() -> None:
     cache = Read(zoo.SUPPORTED["llama"].build().config, max_cache_len=8)
     positions, seen = torch.zeros(1, 1, dtype=torch.long), []
-    for _ in range(2):  # two passes with the same positions, as when a cache is rolled back
+    for n in range(2):  # two passes with the same positions, as when a cache is rolled back
+        where = {"cache_position": torch.arange(2 * n, 2 * n + 2)}  # releases that are told count what is not 0
         for slot in range(3):
-            keys, _ = cache.update(torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 2, 16), slot)
+            keys, _ = cache.update(torch.ones(1, 2, 2, 16), torch.ones(1, 2, 2, 16), slot, where)
             seen.append(tokens_seen(cache, slot, slot, keys, positions, asker=slot))
     assert seen == [2] * 3 + [4] * 3 and cache.asked == 2
     assert tokens_seen(cache, 1, 1, keys) == 4 and cache.asked == 3
