@@ -2,12 +2,14 @@
 
 PYTHONPATH=. python benchmarks/ops/triton_resources.py            # all cases; 10 to 60 s of compiling each
 PYTHONPATH=. python benchmarks/ops/triton_resources.py decode     # those whose name contains a word
+PYTHONPATH=. python benchmarks/ops/triton_resources.py --lengths  # how many kernels 40 lengths of prompts compile
 
 Says nothing of speed. Exits with 1 when a kernel spills more than a few registers or wants more shared memory than
 there is.
 """
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -90,9 +92,37 @@ def selection(kind: str, queries: int, keys: int) -> Selection:
     return BlockMap(indices, torch.full(indices.shape[:3], indices.shape[3]), block_q, block_k)
 
 
+class Counted:
+    """A kernel that notes what it would be compiled for instead of being launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.seen = kernel, set[Any]()
+        kernel._do_compile = lambda key, *_, **__: self.seen.add(key)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return lambda *args, **words: self.kernel.warmup(*args, grid=grid, **words)
+
+
+def lengths() -> int:
+    """Print how many kernels 40 prompts of different lengths need, prefill and decode."""
+    attend, merge = Counted(triton_kernels.attend_kernel), Counted(triton_kernels.merge_kernel)
+    triton_kernels.attend_kernel, triton_kernels.merge_kernel = attend, merge
+    rng = random.Random(0)
+    for length in (rng.randint(1100, 9000) for _ in range(40)):
+        kv = torch.empty(1, 8, length, 128, dtype=BF16)
+        for queries, blocks in ((length, "128x128"), (1, "1x16")):
+            q = torch.empty(1, 32, queries, 128, dtype=BF16)
+            for kind in (blocks, "window"):
+                triton_executor.run(Problem(q, kv, kv, selection(kind, queries, length), 0.1))
+    print(f"{len(attend.seen)} attention kernels and {len(merge.seen)} merge kernels for 40 lengths")
+    return 0
+
+
 def main() -> int:
     """Print a line per case."""
     triton.runtime.driver.set_active(Hopper())
+    if sys.argv[1:] == ["--lengths"]:
+        return lengths()
     triton_executor.split_count = lambda programs, tiles, device: 8 if programs < 100 else 1
     found: list[tuple[int, int, int]] = []
     for name in ("attend_kernel", "merge_kernel"):

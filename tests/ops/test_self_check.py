@@ -98,6 +98,16 @@ def test_every_kind_is_looked_at_by_itself():
     assert len(given) == before + 2
 
 
+@pytest.mark.parametrize("kind", ["window", "tokens"])
+def test_a_default_device_and_other_dtypes_are_no_trouble(kind):
+    given = add(reference.run)
+    q, k, v = inputs(1, 4, 2, 63, 63, dtype=torch.float64)
+    chosen = selections(layout_of(q, k))[kind]
+    with torch.device("meta"):
+        assert executors.choose(Problem(q, k, v, chosen, 0.1)).name == "new"
+    assert given[0].q.dtype == torch.float64 and given[0].q.device.type == "cpu"
+
+
 def test_what_is_named_is_not_looked_at():
     given = add(reference.run)
     assert ran("window", executor="new") == "new" and len(given) == 1
