@@ -32,8 +32,8 @@ class MethodCase:
 
 
 DHSA = {
-    "budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius": 2, "boundary_window": 2,
-    "question_tokens": 0, "score": "mass",
+    "boundaries": "novelty", "budget": 24, "sink": 2, "local": 4, "block_q": 4, "chunk": 4, "radius": 2,
+    "boundary_window": 2, "question_tokens": 0, "score": "mass",
 }  # fmt: skip
 
 METHODS = [

@@ -13,7 +13,7 @@ from hfpatch.methods.dhsa import Dhsa
 
 SMALL: dict[str, Any] = {
     "budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "radius": 3, "boundary_window": 2, "longest": 11,
-    "question_tokens": 0, "close_after": 6, "score": "mass",
+    "question_tokens": 0, "close_after": 6, "score": "mass", "boundaries": "novelty",
 }  # fmt: skip
 
 

@@ -13,7 +13,10 @@ from hfpatch.methods.dhsa import table as module
 from hfpatch.methods.dhsa.rotary import Rotary
 from hfpatch.methods.dhsa.table import ChunkTable, chunk_sums
 
-SMALL = {"budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "question_tokens": 0, "close_after": 6}
+SMALL = {
+    "budget": 40, "sink": 3, "local": 5, "block_q": 8, "chunk": 5, "question_tokens": 0, "close_after": 6,
+    "boundaries": "novelty",
+}  # fmt: skip
 
 
 def method() -> Dhsa:

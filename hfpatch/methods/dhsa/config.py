@@ -30,7 +30,7 @@ class DhsaConfig(MethodConfig):
     block_q: int | None = option(
         None, "queries that share one list, their own tokens inside the budget; an eighth of it, 16 to 256", ge=1
     )
-    boundaries: str = option("novelty", "where chunks begin", choices=("fixed", "novelty", "predictor", "oracle"))
+    boundaries: str = option("fixed", "where chunks begin", choices=("fixed", "novelty", "predictor", "oracle"))
     chunk: int = option(16, "length of fixed chunks; of others the smallest mean length", ge=1)
     longest: int = option(64, "longer chunks are split; 0 leaves them whole", ge=0)
     boundary_window: int = option(4, "tokens compared on each side of a possible boundary", ge=1, old="window")

@@ -71,7 +71,7 @@ class Dhsa(Method[DhsaConfig]):
             if s.predictor is None:
                 raise ConfigError(
                     "dhsa: boundaries='predictor' needs a trained predictor; train one with `hfpatch calibrate dhsa` "
-                    "and name its folder in `predictor`, or use boundaries='novelty'."
+                    "and name its folder in `predictor`, or use boundaries='fixed'."
                 )
             self.predictor = load_predictor(s.predictor)
         if self.predictor is not None:
