@@ -64,7 +64,8 @@ class Tiles:
     def of(cls, rows: int, width: int, dtype: torch.dtype) -> "Tiles":
         """Tiles for up to `rows` rows at once and heads padded to `width`."""
         single, heavy = dtype == torch.float32, dtype == torch.float32 or width > 128
-        m = min(32 if single else 64 if heavy else 128, max(16, power_of_two(rows)))
+        most = 128 if not heavy else 64 if not single else 32 if width <= 128 else 16
+        m = min(most, max(16, power_of_two(rows)))
         return cls(m, 32 if heavy else 64, 8 if m == 128 and width >= 128 else 4, 2 if heavy else 3)
 
 
