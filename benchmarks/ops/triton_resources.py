@@ -24,6 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from hfpatch.core.selection import BlockMap, Selection, SinkWindow
 from hfpatch.ops import triton_executor, triton_kernels
@@ -81,15 +82,29 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def compile_only(*args: Any, **kw: Any) -> None:
             made = self.kernel.warmup(*args, grid=grid, **kw)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-                f.write(made.asm["cubin"])
-                f.flush()
-                tool = f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump"
-                said = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+            said = asked(f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump", "-res-usage", made.asm["cubin"])
             registers, stack = (int(re.search(rf"{word}:(\d+)", said)[1]) for word in ("REG", "STACK"))
-            self.found.append((registers, stack, made.metadata.shared))
+            self.found.append((registers, spilled(made.asm["ptx"]) if stack else 0, made.metadata.shared))
 
         return compile_only
+
+
+def spilled(ptx: str) -> int:
+    """Bytes that the assembler says it spills; a stack may hold other things."""
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    tool = get_ptxas(int(re.search(r"\d+", target)[0])).path
+    said = asked(tool, f"-arch={target}", "-v", ptx.encode(), "-o", os.devnull)
+    return int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def asked(*command: str | bytes) -> str:
+    """What a tool says; bytes are a file for it."""
+    with tempfile.NamedTemporaryFile() as f:
+        f.write(next(word for word in command if isinstance(word, bytes)))
+        f.flush()
+        words = [f.name if isinstance(word, bytes) else word for word in command]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def selection(kind: str, queries: int, keys: int) -> Selection:
@@ -130,6 +145,7 @@ def lengths() -> int:
 def measured(arch: int, dtypes: list[str], only: str) -> Iterator[tuple[str, str, list[tuple[int, int, int]]]]:
     """Case, dtype and `(registers, spilled, shared)` of each of its kernels, compiled for the architecture."""
     triton.runtime.driver.set_active(Card(arch))
+    triton_executor.generation = lambda device: arch // 10
     for name, (lq, d, dv, kind, extras) in CASES.items():
         lk = max(lq, 8192 if lq == 1 else 0)
         for dtype in dtypes if only in name else []:
