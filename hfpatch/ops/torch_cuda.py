@@ -37,15 +37,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: fl
 
 
 def chosen(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> int:
-    """The backend for tensors without a mask: PyTorch's own choice, but flash for few queries."""
+    """The backend for tensors without a mask: PyTorch's choice, but flash for few queries and overlapping views."""
     if q.dtype not in HALF or q.shape[-1] != v.shape[-1]:
         return EFFICIENT
     if torch.compiler.is_compiling():  # which wants no number from an operation
         return FLASH if q.shape[-1] <= WIDEST else EFFICIENT
     shared = k.shape[1] != q.shape[1]
     found = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=shared)
-    few = q.shape[2] <= FEW and torch.backends.cuda.is_flash_attention_available()
-    return FLASH if found == CUDNN and few else found
+    unusual = q.shape[2] <= FEW or not all(map(_apart, (k, v)))
+    return FLASH if found == CUDNN and unusual and torch.backends.cuda.is_flash_attention_available() else found
+
+
+def _apart(t: Tensor) -> bool:
+    """Whether rows of the batch and heads of `t [N, H, C, D]` share no memory, as all others give them to cuDNN."""
+    return (t.shape[0] == 1 or t.stride(0) >= t.shape[2] * t.stride(2)) and (t.shape[1] == 1 or t.stride(1) > 0)
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Part:

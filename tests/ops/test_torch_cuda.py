@@ -16,7 +16,7 @@ from pretend import kernels
 from pretend.modes import pretending
 from pretend.tensors import OnGpu, held, log
 
-from hfpatch.core.selection import Causal
+from hfpatch.core.selection import Causal, SinkWindow
 from hfpatch.ops import attend, torch_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing needs to be pretended")
@@ -89,6 +89,22 @@ def test_every_selection_is_right(name, phase, extra):
     q, k, v = inputs(*shape, dv=48 if extra == "dv" else None, dtype=torch.float16)
     more = {"bias": {"bias": torch.randn(1, shape[1], shape[4])}, "softcap": {"softcap": 1.5}}.get(extra, {})
     ran(q, k, v, selections(layout_of(q, k))[name], sinks=torch.randn(shape[1]), **more)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("phase", SHAPES)
+def test_every_selection_is_right_where_cudnn_is_preferred(name, phase, monkeypatch):
+    monkeypatch.setattr(kernels, "PREFERRED", [torch_cuda.CUDNN])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    q, k, v = inputs(*SHAPES[phase], dtype=torch.bfloat16)
+    ran(q, k, v, selections(layout_of(q, k))[name])
+
+
+def test_cudnn_is_given_no_overlapping_views(monkeypatch):
+    monkeypatch.setattr(kernels, "PREFERRED", [torch_cuda.CUDNN])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    found = ran(*inputs(1, 4, 2, 450, 450, dtype=torch.bfloat16), SinkWindow(4, 200))
+    assert found["flash"] and found["cudnn"]  # the windows of blocks of queries, and the first tokens' own
 
 
 def test_masks_are_aligned_before_they_are_expanded():

@@ -54,6 +54,9 @@ def cudnn(
     _half(q, k, v, causal)
     if bias is not None or not compute_lse:
         log.now.fault("cuDNN is asked for its lse, without a mask")
+    for t in (k, v):
+        if (t.shape[0] > 1 and t.stride(0) < t.shape[2] * t.stride(2)) or (t.shape[1] > 1 and t.stride(1) == 0):
+            log.now.fault(f"cuDNN is given overlapping rows: {tuple(t.shape)}, strides {t.stride()}")
     out, lse = _attention(q, k, v, causal, scale)
     return out, lse[..., None], None, None, q.shape[2], k.shape[2], torch.zeros(()), torch.zeros(()), torch.zeros(0)
 
