@@ -80,8 +80,8 @@ def test_dry_run(tmp_path: Path) -> None:
     }
     assert {r["method"] for r in rows if r["part"] == 2} > {"quest", "dhsa", "flux"}
     assert all(r["undone"] for r in rows if r["part"] == 2 and r["status"] == "ok")
-    flash = [r for r in rows if r["part"] == 3 and r.get("executor") == "fsa"]
-    assert flash and all("not installed" in r["why"] for r in flash)
+    flash = [r for r in rows if r["part"] in (1, 3) and r.get("executor") == "flash"]
+    assert {r["part"] for r in flash} == {1, 3} and all("needs an NVIDIA GPU" in r["why"] for r in flash)
     assert {r["patch"] for r in rows if r["part"] == 5 and r["status"] == "ok" and r["cache"] == "dynamic"} >= {
         "unpatched", "dense", "streaming", "block_topk+quest", "dhsa", "flux cropped"
     }  # fmt: skip
@@ -127,7 +127,7 @@ def test_a_wrong_executor_gets_no_time(parts: None, monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         for phase, name, status in (
             ("prefill", "torch", "ok"), ("prefill", "crooked", "wrong"), ("decode", "torch", "wrong"),
-            ("prefill", "fsa", "skipped"),
+            ("prefill", "flash", "skipped"),
         ):  # fmt: skip
             (row,) = kernels._executor_row(context, kernels.Timed(phase, "blocks", "8k"), name)
             assert row["status"] == status and row["executor"] == name

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -141,9 +142,9 @@ def place(warning: warnings.WarningMessage) -> str:
 def versions() -> Row:
     """What this process runs on."""
     found: Row = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
-    for name in ("triton", "transformers", "numpy", "flash_attn", "flash_attn_interface", "flash_sparse_attn"):
+    for name in ("triton", "transformers", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4"):
         try:
-            found[name] = getattr(__import__(name), "__version__", "installed")
-        except ImportError:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             found[name] = None
     return found

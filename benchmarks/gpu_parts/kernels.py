@@ -20,7 +20,6 @@ from hfpatch.ops.call import Problem
 HEADS, KV_HEADS, DIM = 32, 8, 128
 KEPT, WINDOW, SINK, PAGE, TILE = 4096, 2048, 64, 16, 128
 LIBRARIES = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
-PACKAGES = {"flash": "flash-attn", "fsa": "flash-sparse-attn"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def cases(context: Context) -> list[Case]:
     for shape in shapes(context):
         if shape.kind == "causal" or shape.phase == "decode":
             first.append(Case(f"{shape}: dense", partial(_dense_rows, context, shape)))
-        for name in [*executors(), *(n for n in PACKAGES if n not in executors())]:
+        for name in executors():
             case = Case(f"{shape}: {name}", partial(_executor_row, context, shape, name))
             (last if name == "torch" else slow if name == "flex" else first).append(case)
     return [*first, *last, *slow]
@@ -171,9 +170,6 @@ def _dense_rows(context: Context, shape: Timed) -> Iterator[Row]:
 
 def _executor_row(context: Context, shape: Timed, name: str) -> Iterator[Row]:
     named = {"shape": f"{shape.phase} {shape.kind}", "length": shape.length, "batch": shape.batch, "executor": name}
-    if name not in executors():
-        yield {**named, "status": SKIPPED, "why": f"not installed: there is no executor of {PACKAGES[name]} here"}
-        return
     p = _made(context, shape)
     found = checked(p, name, context.options.failed)
     if found["status"] != OK:

@@ -1,20 +1,22 @@
-"""What the Triton kernels become on a Hopper GPU (sm_90), compiled here without one: registers, spills, shared memory.
+"""What the Triton kernels become on GPUs that are not here: registers, spills, shared memory, from their machine code.
 
-PYTHONPATH=. python benchmarks/ops/triton_resources.py            # all cases; 10 to 60 s of compiling each
-PYTHONPATH=. python benchmarks/ops/triton_resources.py decode     # those whose name contains a word
+PYTHONPATH=. python benchmarks/ops/triton_resources.py            # all cases on sm_80, sm_90, sm_100: half an hour
+PYTHONPATH=. python benchmarks/ops/triton_resources.py --arch 90 --dtype float16 --only decode   # some of them
+PYTHONPATH=. python benchmarks/ops/triton_resources.py --table    # as a table; quick once Triton's cache has them
 PYTHONPATH=. python benchmarks/ops/triton_resources.py --lengths  # how many kernels 40 lengths of prompts compile
 
-Says nothing of speed. Exits with 1 when a kernel spills more than a few registers or wants more shared memory than
-there is.
+Says nothing of speed. Exits with 1 when a kernel spills in half precision, spills more than a little in float32, or
+wants more shared memory than there is.
 """
 
+import argparse
 import os
 import random
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -22,48 +24,57 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from hfpatch.core.selection import BlockMap, Selection, SinkWindow
 from hfpatch.ops import triton_executor, triton_kernels
 from hfpatch.ops.call import Problem
 
-SHARED = 227 * 1024
-SPILLED = 128
-BF16, FP32 = torch.bfloat16, torch.float32
-CASES: dict[str, tuple[int, int, int, torch.dtype, str, dict[str, Any]]] = {
-    # name: (queries, key dim, value dim, dtype, selection, extras)
-    "prefill blocks": (2048, 128, 128, BF16, "128x128", {}),
-    "prefill blocks 64 wide": (2048, 64, 64, BF16, "64x64", {}),
-    "prefill blocks 96 wide": (2048, 96, 96, BF16, "128x128", {}),
-    "prefill blocks 192 and 128 wide": (2048, 192, 128, BF16, "128x128", {}),
-    "prefill blocks 256 wide": (2048, 256, 256, BF16, "128x128", {}),
-    "prefill blocks soft-cap": (2048, 128, 128, BF16, "128x128", {"softcap": 30.0}),
-    "prefill pages": (2048, 128, 128, BF16, "16x16", {}),
-    "prefill window": (2048, 128, 128, BF16, "window", {}),
-    "prefill window sinks": (2048, 128, 128, BF16, "window", {"sinks": torch.zeros(32)}),
-    "prefill window 256 wide": (2048, 256, 256, BF16, "window", {}),
-    "decode pages": (1, 128, 128, BF16, "1x16", {}),
-    "decode tokens": (1, 128, 128, BF16, "1x1", {}),
-    "decode window": (1, 128, 128, BF16, "window", {}),
-    "prefill blocks float32": (2048, 128, 128, FP32, "128x128", {}),
-}
+KIB = 1024
+SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+SPILLED = {"bfloat16": 0, "float16": 0, "float32": 128}
+CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
+    # name: (queries, key dim, value dim, selection, extras)
+    "prefill blocks D64": (2048, 64, 64, "64x64", {}),
+    "prefill blocks D96": (2048, 96, 96, "128x128", {}),
+    "prefill blocks D128": (2048, 128, 128, "128x128", {}),
+    "prefill blocks D192/128": (2048, 192, 128, "128x128", {}),
+    "prefill blocks D256": (2048, 256, 256, "128x128", {}),
+    "prefill blocks D128 soft-cap": (2048, 128, 128, "128x128", {"softcap": 30.0}),
+    "prefill blocks D128 bias": (2048, 128, 128, "128x128", {"bias": torch.zeros(1, 1, 2048)}),
+    "prefill blocks D256 both": (2048, 256, 256, "128x128", {"softcap": 30.0, "bias": torch.zeros(1, 1, 2048)}),
+    "prefill pages D128": (2048, 128, 128, "16x16", {}),
+    "prefill tokens D128": (2048, 128, 128, "16x1", {}),
+    "prefill window D128": (2048, 128, 128, "window", {}),
+    "prefill window D128 sinks": (2048, 128, 128, "window", {"sinks": torch.zeros(32)}),
+    "prefill window D256": (2048, 256, 256, "window", {}),
+    "decode pages D64": (1, 64, 64, "1x16", {}),
+    "decode pages D128": (1, 128, 128, "1x16", {}),
+    "decode pages D256": (1, 256, 256, "1x16", {}),
+    "decode tokens D128": (1, 128, 128, "1x1", {}),
+    "decode window D128": (1, 128, 128, "window", {}),
+    "decode window D256": (1, 256, 256, "window", {}),
+}  # fmt: skip
 
 
-class Hopper:
-    """Stands in for the driver of a GPU that is not there."""
+class Card:
+    """Stands in for the driver of a GPU that is not there; each architecture is a device of its own."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
 
     def get_current_device(self) -> int:
-        return 0
+        return self.arch
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
 
 class Compiled:
-    """A kernel that is compiled instead of launched."""
+    """A kernel that is compiled instead of launched; `found` takes registers, spilled and shared bytes."""
 
     def __init__(self, kernel: Any, found: list[tuple[int, int, int]]) -> None:
         self.kernel, self.found = kernel, found
@@ -71,16 +82,29 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def compile_only(*args: Any, **kw: Any) -> None:
             made = self.kernel.warmup(*args, grid=grid, **kw)
-            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
-                f.write(made.asm["ptx"])
-                f.flush()
-                ptxas = f"{triton.__path__[0]}/backends/nvidia/bin/ptxas"
-                command = [ptxas, "-v", "-arch=sm_90a", f.name, "-o", os.devnull]
-                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            numbers = [int(re.search(p, said)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores")]
-            self.found.append((numbers[0], numbers[1], made.metadata.shared))
+            said = asked(f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump", "-res-usage", made.asm["cubin"])
+            registers, stack = (int(re.search(rf"{word}:(\d+)", said)[1]) for word in ("REG", "STACK"))
+            self.found.append((registers, spilled(made.asm["ptx"]) if stack else 0, made.metadata.shared))
 
         return compile_only
+
+
+def spilled(ptx: str) -> int:
+    """Bytes that the assembler says it spills; a stack may hold other things."""
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    tool = get_ptxas(int(re.search(r"\d+", target)[0])).path
+    said = asked(tool, f"-arch={target}", "-v", ptx.encode(), "-o", os.devnull)
+    return int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def asked(*command: str | bytes) -> str:
+    """What a tool says; bytes are a file for it."""
+    with tempfile.NamedTemporaryFile() as f:
+        f.write(next(word for word in command if isinstance(word, bytes)))
+        f.flush()
+        words = [f.name if isinstance(word, bytes) else word for word in command]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def selection(kind: str, queries: int, keys: int) -> Selection:
@@ -109,35 +133,72 @@ def lengths() -> int:
     triton_kernels.attend_kernel, triton_kernels.merge_kernel = attend, merge
     rng = random.Random(0)
     for length in (rng.randint(1100, 9000) for _ in range(40)):
-        kv = torch.empty(1, 8, length, 128, dtype=BF16)
+        kv = torch.empty(1, 8, length, 128, dtype=torch.bfloat16)
         for queries, blocks in ((length, "128x128"), (1, "1x16")):
-            q = torch.empty(1, 32, queries, 128, dtype=BF16)
+            q = torch.empty(1, 32, queries, 128, dtype=torch.bfloat16)
             for kind in (blocks, "window"):
                 triton_executor.run(Problem(q, kv, kv, selection(kind, queries, length), 0.1))
     print(f"{len(attend.seen)} attention kernels and {len(merge.seen)} merge kernels for 40 lengths")
     return 0
 
 
+def measured(arch: int, dtypes: list[str], only: str) -> Iterator[tuple[str, str, list[tuple[int, int, int]]]]:
+    """Case, dtype and `(registers, spilled, shared)` of each of its kernels, compiled for the architecture."""
+    triton.runtime.driver.set_active(Card(arch))
+    triton_executor.generation = lambda device: arch // 10
+    for name, (lq, d, dv, kind, extras) in CASES.items():
+        lk = max(lq, 8192 if lq == 1 else 0)
+        for dtype in dtypes if only in name else []:
+            made = getattr(torch, dtype)
+            q, k, v = (torch.zeros(1, h, n, w, dtype=made) for h, n, w in ((32, lq, d), (8, lk, d), (8, lk, dv)))
+            FOUND.clear()
+            triton_executor.run(Problem(q, k, v, selection(kind, lq, lk), d**-0.5, **extras))
+            yield name, dtype, list(FOUND)
+
+
+def table(rows: dict[tuple[str, str], dict[int, tuple[int, int, int]]], archs: list[int]) -> str:
+    """Markdown: a row per case and dtype, of each architecture registers / spilled bytes / KiB shared."""
+    head = ["kernel", "dtype", *(f"sm_{arch}" for arch in archs)]
+    lines = [" | ".join(head), "|".join("---" for _ in head)]
+    for (name, dtype), by_arch in rows.items():
+        cells = (by_arch[arch] for arch in archs)
+        lines.append(" | ".join([name, dtype, *(f"{r} / {s} / {m / KIB:.0f}" for r, s, m in cells)]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+FOUND: list[tuple[int, int, int]] = []
+
+
 def main() -> int:
-    """Print a line per case."""
-    triton.runtime.driver.set_active(Hopper())
-    if sys.argv[1:] == ["--lengths"]:
+    """Print a line per kernel, or the table; of a decode step its attention kernel is what counts."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", nargs="+", type=int, choices=SHARED, default=[80, 90, 100])
+    parser.add_argument("--dtype", nargs="+", choices=SPILLED, default=list(SPILLED))
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table at the end")
+    parser.add_argument("--lengths", action="store_true", help="count kernels for prompts of many lengths instead")
+    args = parser.parse_args()
+    if args.lengths:
+        triton.runtime.driver.set_active(Card(90))
         return lengths()
     triton_executor.split_count = lambda programs, tiles, device: 8 if programs < 100 else 1
-    found: list[tuple[int, int, int]] = []
     for name in ("attend_kernel", "merge_kernel"):
-        setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name), found))
+        setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name), FOUND))
+    rows: dict[tuple[str, str], dict[int, tuple[int, int, int]]] = {}
     wrong = 0
-    for name, (lq, d, dv, dtype, kind, extras) in CASES.items():
-        if any(word not in name for word in sys.argv[1:]):
-            continue
-        lk = max(lq, 8192 if lq == 1 else 0)
-        q, k, v = (torch.zeros(1, h, n, w, dtype=dtype) for h, n, w in ((32, lq, d), (8, lk, d), (8, lk, dv)))
-        found.clear()
-        triton_executor.run(Problem(q, k, v, selection(kind, lq, lk), d**-0.5, **extras))
-        for registers, spilled, shared in found:
-            print(f"{name:<34}{registers:4} registers  {spilled:6} bytes spilled  {shared:7} bytes shared", flush=True)
-            wrong += spilled > SPILLED or shared > SHARED
+    for arch in args.arch:
+        for name, dtype, found in measured(arch, args.dtype, args.only):
+            rows.setdefault((name, dtype), {})[arch] = found[0]
+            for n, (registers, spilled, shared) in enumerate(found):
+                bad = spilled > SPILLED[dtype] or shared > SHARED[arch]
+                wrong += bad
+                what = f"sm_{arch} {name}{', merge' * (n > 0)} {dtype}"
+                print(
+                    f"{what:<58}{registers:4} registers {spilled:5} spilled {shared:7} shared{' !' * bad}",
+                    file=sys.stderr if args.table else sys.stdout, flush=True,
+                )  # fmt: skip
+    if args.table:
+        print(f"Triton {triton.__version__}\n\n{table(rows, args.arch)}")
     return int(wrong > 0)
 
 

@@ -79,7 +79,9 @@ def phase(problem: Problem) -> str:
 _EXECUTORS: dict[str, Executor] = {}
 _WATCHING: list[Watch] = []
 LISTS = frozenset({"causal", "window", "blocks"})
+SEVERAL = frozenset({"prefill", "chunk"})
 TABLE: list[Rule] = [
+    Rule("flash", devices=frozenset({"cuda"}), kinds=frozenset({"causal"}), phases=SEVERAL, proven=True),
     Rule("torch", kinds=frozenset({"causal"})),
     Rule("triton", devices=frozenset({"cuda"}), kinds=LISTS, proven=True),
     Rule("torch"),

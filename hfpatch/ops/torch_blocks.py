@@ -137,8 +137,8 @@ class _Work:
             x[b, :, first : first + n * r][self.kv_head].unflatten(1, (n, r)).transpose(0, 1).flatten(0, 1)
             for x in (self.p.k, self.p.v)
         )
-        wide = q.transpose(2, 3).flatten(0, 1)
-        o, lse = self.kernel.causal(wide, *(x[:, None].expand(-1, g, -1, -1) for x in (k, v)))
+        wide, heads = q.transpose(2, 3).flatten(0, 1), 1 if self.kernel.grouped else g
+        o, lse = self.kernel.causal(wide, *(x[:, None].expand(-1, heads, -1, -1) for x in (k, v)))
         return o.unflatten(0, (n, h)).transpose(2, 3), lse.unflatten(0, (n, h)).transpose(2, 3)
 
     def _partial(self, b: int, row: int, q: Tensor, order: Tensor, n0: int, n1: int, c: int, first: int) -> Part:

@@ -32,11 +32,23 @@ def run(problem: Problem, out: Output, kernel: Kernel) -> None:
         out.write([kernel(blocked(problem.q, 1, at.Hkv), problem.k, problem.v, mask)])
     elif kernel.fused is None or problem.bias is not None:
         torch_masked.run(problem, out, kernel)
+    elif kernel.grouped:
+        out.write(_grouped(problem, kernel))
     else:
         step = at.Hkv if at.Lq <= SHORT else 1
         for b in range(at.B):
             for h in range(0, at.Hkv, step):
                 _heads(problem, b, slice(h, h + step), out, kernel)
+
+
+def _grouped(problem: Problem, kernel: Kernel) -> list[Part]:
+    """The queries' own tokens and those before them, each in one call for all rows and heads."""
+    (q, k, v), off, heads = (problem.q, problem.k, problem.v), problem.at.off, problem.at.Hkv
+    o, lse = kernel.causal(q, k[:, :, off:], v[:, :, off:])
+    parts = [(o.unflatten(1, (heads, -1)).transpose(2, 3), lse.unflatten(1, (heads, -1)).mT)]
+    if off:
+        parts.append(kernel(blocked(q, 1, heads), k[:, :, :off], v[:, :, :off]))
+    return parts
 
 
 def column_mask(bias: Tensor, heads: int, groups: int) -> Tensor:

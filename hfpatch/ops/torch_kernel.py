@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hfpatch.core.logits import capped
+from hfpatch.ops import torch_cuda
 from hfpatch.ops.call import Problem
 from hfpatch.ops.merge import Part, lse_of
 
@@ -15,18 +17,27 @@ MATH_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Kernel:
-    """Attention of `q [N, H, R, G, D]` over `k [N, H, C, D]`, `v [N, H, C, Dv]`: a part `[N, H, R, G, ...]`."""
+    """Attention of `q [N, H, R, G, D]` over `k [N, H, C, D]`, `v [N, H, C, Dv]`: a part `[N, H, R, G, ...]`.
+
+    `grouped`: whether the fused step takes fewer key heads than query heads. `product`: what multiplies the matrices
+    where no step is fused.
+    """
 
     scale: float
     softcap: float | None
     fused: Callable[..., Part] | None
+    grouped: bool = False
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, problem: Problem) -> "Kernel":
         """The fastest step that can serve the problem: a fused one, or plain matrix products."""
-        plain = problem.softcap is not None or problem.v.shape[-1] != problem.q.shape[-1] or problem.needs_grad
-        fused = None if plain else _FUSED.get(problem.q.device.type)
-        return cls(problem.scale, problem.softcap, fused)
+        device = problem.q.device.type
+        odd = problem.q.dtype == torch.float64 if device == "cuda" else problem.v.shape[-1] != problem.q.shape[-1]
+        plain = problem.softcap is not None or problem.needs_grad or odd
+        fused = None if plain else _FUSED.get(device)
+        half = device == "cuda" and problem.q.dtype in torch_cuda.HALF and not problem.needs_grad
+        return cls(problem.scale, problem.softcap, fused, device == "cuda", torch_cuda.product if half else None)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Part:
         """Every query of a block sees every key, but for the additive `mask [N|1, H|1, R|1, G|1, C]`."""
@@ -37,10 +48,8 @@ class Kernel:
         if mask is not None:
             m = mask.expand(*mask.shape[:2], r, g, c)
             mask = m[:, :, 0, :1] if m.stride(2) == m.stride(3) == 0 else m.reshape(*m.shape[:2], r * g, c)
-            mask = mask.expand(n, h, r * g, c)
-        step = _math if self.fused is None else self.fused
-        extra = {"softcap": self.softcap} if self.fused is None else {}
-        o, lse = step(q.reshape(n, h, r * g, d), k, v, mask, scale=self.scale, **extra)
+        step = self.fused or partial(_math, softcap=self.softcap, product=self.product)
+        o, lse = step(q.reshape(n, h, r * g, d), k, v, mask, scale=self.scale)
         if mask is not None and self.fused is not None:
             o, lse = _blank(o, lse, mask)
         return o.unflatten(2, (r, g)), lse.unflatten(2, (r, g))
@@ -71,40 +80,45 @@ def _dense(t: Tensor) -> Tensor:
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False) -> Part:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], -1)
     if mask is not None and q.dtype == torch.float64:
         mask = mask.double()  # the kernel reads a float32 mask as if it were float64
     o, lse = flash(_dense(q), _dense(k), _dense(v), 0.0, causal, attn_mask=mask, scale=scale)
     return o, lse.float()
 
 
-def _cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False) -> Part:
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    if mask is not None:
-        c = mask.shape[-1]
-        aligned = q.new_empty((*mask.shape[:3], -(-c // 16) * 16))[..., :c]
-        mask = aligned.copy_(mask)
-    o, lse = efficient(_dense(q), _dense(k), _dense(v), mask, True, 0.0, causal, scale=scale)[:2]
-    return o, lse[..., : q.shape[2]].float()
+_FUSED: dict[str, Callable[..., Part]] = {"cpu": _cpu, "cuda": torch_cuda.attention}
 
 
-_FUSED: dict[str, Callable[..., Part]] = {"cpu": _cpu, "cuda": _cuda}
-
-
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None) -> Part:
-    """Plain matrix products with float32 accumulation, some rows at a time."""
+def _math(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    product: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Part:
+    """Plain matrix products with float32 accumulation, some rows at a time; `product` takes them in q's dtype."""
     n, h, r, _ = q.shape
     acc = torch.promote_types(q.dtype, torch.float32)
-    kt, v = k.to(acc).mT, v.to(acc)
+    if product is None:
+        k, v = k.to(acc), v.to(acc)
     step = max(1, MATH_ELEMENTS // max(1, n * h * k.shape[2]))
     outs, lses = [], []
     for at in range(0, r, step):
-        logits = capped((q[:, :, at : at + step].to(acc) * scale) @ kt, softcap)
+        rows = q[:, :, at : at + step]
+        logits = (rows.to(acc) * scale) @ k.mT if product is None else product(rows, k.mT) * scale
+        logits = capped(logits, softcap)
         if mask is not None:
-            logits = logits + mask[:, :, at : at + step]
+            logits = logits + (mask if mask.shape[2] == 1 else mask[:, :, at : at + step])
         top = logits.detach().amax(-1, keepdim=True)
         top = top.masked_fill_(top.isneginf(), 0.0)
         power = torch.exp(logits - top)
         total = power.sum(-1)
-        outs.append((power @ v) / total.clamp_min(torch.finfo(acc).tiny)[..., None])
+        out = power @ v if product is None else product(power.to(v.dtype), v)
+        outs.append(out / total.clamp_min(torch.finfo(acc).tiny)[..., None])
         lses.append(lse_of(total, top[..., 0]).float())
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

@@ -19,6 +19,7 @@ WIDEST = 256
 FEW_QUERIES = 16
 MOST_SPLITS = 64
 LEAST_TILES = 4
+HOPPER = 9
 
 
 def interpreted() -> bool:
@@ -61,11 +62,16 @@ class Tiles:
     stages: int
 
     @classmethod
-    def of(cls, rows: int, width: int, dtype: torch.dtype) -> "Tiles":
-        """Tiles for up to `rows` rows at once and heads padded to `width`."""
-        single, heavy = dtype == torch.float32, dtype == torch.float32 or width > 128
-        m = min(32 if single else 64 if heavy else 128, max(16, power_of_two(rows)))
-        return cls(m, 32 if heavy else 64, 8 if m == 128 and width >= 128 else 4, 2 if heavy else 3)
+    def of(cls, rows: int, width: int, dtype: torch.dtype, generation: int, biased: bool) -> "Tiles":
+        """Tiles for up to `rows` rows at once and heads padded to `width`, on cards of a generation."""
+        m, old = max(16, power_of_two(rows)), generation < HOPPER
+        if dtype == torch.float32:
+            return cls(min(m, 32 if width <= 128 else 16), 32, 4, 2)
+        if width > 128:
+            m = min(m, 32 if old else 64)
+            return cls(m, 32, 8 if biased and m == 64 else 4, 3 if old else 2)
+        m = min(m, 128)
+        return cls(m, 32 if old and biased else 64, 8 if width == 128 and m >= (64 if old else 128) else 4, 3)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def _launch(p: Problem, out: Output) -> None:
     packed = at.Hq // units
     widths = [max(16, power_of_two(x)) for x in (d, dv)]
     block_q = p.selection.block_q if isinstance(p.selection, BlockMap) else at.Lq
-    tiles = Tiles.of(min(block_q, at.Lq) * packed, max(widths), p.q.dtype)
+    tiles = Tiles.of(min(block_q, at.Lq) * packed, max(widths), p.q.dtype, generation(p.q.device), p.bias is not None)
     keys = _lists(p, units, max(1, tiles.rows // packed))
     parts = -(-min(keys.block_q, at.Lq) * packed // tiles.rows)
     programs = -(-at.Lq // keys.block_q) * parts * at.B * units
@@ -156,6 +162,11 @@ def _window(sel: Selection, length: int) -> SinkWindow:
     if isinstance(sel, SinkWindow):
         return SinkWindow(min(max(sel.sink, 0), length), min(max(sel.window, 0), length))
     return SinkWindow(0, length)
+
+
+def generation(device: torch.device) -> int:
+    """Major compute capability of the card; that of Hopper where there is none."""
+    return torch.cuda.get_device_properties(device).major if device.type == "cuda" else HOPPER
 
 
 def split_count(programs: int, tiles: int, device: torch.device) -> int:

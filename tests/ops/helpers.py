@@ -110,6 +110,8 @@ def moved(selection: Selection | None, device: torch.device) -> Selection | None
     """The selection with its tensors on a device."""
     if isinstance(selection, Rows):
         return Rows([(stop, moved(part, device)) for stop, part in selection.parts])
+    if isinstance(selection, Both):
+        return Both(*(moved(part, device) for part in (selection.first, selection.second)))
     if not isinstance(selection, BlockMap):
         return selection
     return replace(selection, indices=selection.indices.to(device), counts=selection.counts.to(device))

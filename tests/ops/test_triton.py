@@ -90,6 +90,20 @@ def test_blocks_wider_than_a_tile(block):
     compare(q, k, v, random_map(layout_of(q, k), 1, block, block, 3, even=True))
 
 
+@pytest.mark.parametrize("generation", [8, 9])
+@pytest.mark.parametrize("biased", [False, True])
+def test_tiles_of_each_generation_of_cards(generation, biased, monkeypatch):
+    monkeypatch.setattr(triton_executor, "generation", lambda device: generation)
+    seen, of = set(), triton_executor.Tiles.of
+    monkeypatch.setattr(triton_executor.Tiles, "of", lambda *sizes: seen.add(of(*sizes)) or of(*sizes))
+    for d, block in ((128, 128), (128, 16), (256, 64)):
+        q, k, v = inputs(1, 4, 1, 70, 90, d=d, dtype=torch.float16)
+        more = {"bias": torch.randn(1, 4, 90)} if biased else {}
+        compare(q, k, v, random_map(layout_of(q, k), 1, block, block, 3, even=True), **more)
+    rows = {tiles.rows for tiles in seen}
+    assert rows == ({32, 64, 128} if generation == 8 else {64, 128}) and all(tiles.warps in (4, 8) for tiles in seen)
+
+
 @pytest.mark.parametrize("splits", [2, 4])
 @pytest.mark.parametrize("name", ["none", "window", "blocks_uneven", "tokens"])
 def test_split_over_keys(name, splits, monkeypatch):
@@ -138,6 +152,17 @@ def test_prompts_of_other_lengths_compile_nothing_anew():
     script = Path(__file__).parents[2] / "benchmarks" / "ops" / "triton_resources.py"
     done = subprocess.run([sys.executable, script, "--lengths"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("4 attention kernels and 1 merge kernels")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: it compiles for that one")
+def test_compiles_without_spills_for_cards_that_are_not_here():
+    script = Path(__file__).parents[2] / "benchmarks" / "ops" / "triton_resources.py"
+    asked = ["--dtype", "float16", "--only", "decode pages D64", "--table"]
+    done = subprocess.run([sys.executable, script, *asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, head, _, row = done.stdout.splitlines()
+    assert head == "| kernel | dtype | sm_80 | sm_90 | sm_100 |"
+    assert row.startswith("| decode pages D64 | float16 | ") and row.count(" / 0 / ") == 3
 
 
 def test_ranges_of_queries():

@@ -70,3 +70,6 @@ def place() -> str:
             other = f"transformers/{file.rsplit('/transformers/', 1)[1]}:{frame.f_lineno}"
         frame = frame.f_back
     return other or "?"
+
+
+log = Log()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from .log import Log
+from . import kernels
+from .log import log
 
 GPU = torch.device("cuda:0")
 FREE = frozenset(
@@ -16,7 +17,7 @@ FREE = frozenset(
         *("detach", "alias", "lift_fresh", "lift", "empty", "new_empty", "empty_like", "empty_strided"),
         *("new_empty_strided", "_unsafe_view", "_reshape_alias", "sym_size", "sym_stride", "is_same_size", "set_"),
         *("resolve_conj", "resolve_neg", "_has_same_storage_numel", "view", "unbind", "split", "split_with_sizes"),
-        *("chunk", "unsafe_split", "_local_scalar_dense"),
+        *("chunk", "unsafe_split", "_local_scalar_dense", "_fused_sdp_choice"),
     }
 )  # no kernel: views and allocations
 WAITING = frozenset(
@@ -27,8 +28,6 @@ WAITING = frozenset(
 )  # their result's size is read from the GPU
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 MOVING = frozenset({"_to_copy", "copy_", "_copy_from", "to"})
-
-log = Log()
 
 
 class OnGpu(Tensor):
@@ -80,8 +79,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if asked is not None:
         real_kwargs = {**real_kwargs, "device": torch.device("cpu")}
     real_kwargs.pop("pin_memory", None)
-    if name == "_scaled_dot_product_efficient_attention":
-        out = efficient(*real_args, **real_kwargs)
+    if name in kernels.KERNELS and ours:
+        out = kernels.KERNELS[name](*real_args, **real_kwargs)
     elif name == "histc" and not real_args[0].is_floating_point():  # CUDA has it for whole numbers too
         out = func(real_args[0].float(), *real_args[1:], **real_kwargs).to(real_args[0].dtype)
     else:
@@ -125,46 +124,3 @@ def _waiting(name: str, args: Any, kwargs: Any, tensors: Any) -> None:
         log.now.wait(name)
     elif name in INDEXING and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
         log.now.wait("boolean index")
-
-
-def efficient(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Any,
-    compute_lse: bool,
-    dropout: float = 0.0,
-    causal: bool = False,
-    **kw: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CUDA's `_scaled_dot_product_efficient_attention`, with its conventions and demands.
-
-    lse filled up to 32 rows, NaN where a row sees nothing.
-    """
-    _check(q, k, bias, causal)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mask = None if bias is None else bias.expand(q.shape[0], q.shape[1], -1, -1)
-    out, lse = flash(q, k, v, 0.0, causal, attn_mask=mask, **kw)
-    out, lse = out.clone(), lse.float()
-    if bias is not None:
-        gone = bias.isneginf().all(-1).expand(lse.shape)
-        out[gone], lse[gone] = float("nan"), float("nan")
-    wide = lse.new_full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), float("nan"))
-    wide[..., : lse.shape[2]] = lse
-    return out, wide, torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long)
-
-
-def _check(q: Tensor, k: Tensor, bias: Any, causal: bool) -> None:
-    now, per = log.now, 16 // q.element_size()
-    if bias is not None and bias.dtype != q.dtype:
-        now.fault(f"bias of {bias.dtype} for queries of {q.dtype}")
-    if bias is not None:
-        strides = [s for n, s in zip(bias.shape[:3], bias.stride()[:3], strict=True) if n > 1]
-        if any(s % per for s in strides) or bias.stride(3) != 1:
-            now.fault(f"bias strides {bias.stride()} not aligned")
-    if q.shape[1] != k.shape[1] or q.shape[-1] != k.shape[-1]:
-        now.fault(f"heads or widths differ: {tuple(q.shape)} {tuple(k.shape)}")
-    if max(q.shape[0], q.shape[1]) > 65535:
-        now.fault(f"grid of {tuple(q.shape[:2])}")
-    if causal and q.shape[2] != k.shape[2]:
-        now.fault("causal with other lengths: the upper left corner is meant")
