@@ -20,6 +20,7 @@ FEW_QUERIES = 16
 MOST_SPLITS = 64
 LEAST_TILES = 4
 HOPPER = 9
+DATACENTER = (9, 10, 11)  # major capabilities of cards with shared memory for large tiles
 
 
 def interpreted() -> bool:
@@ -64,9 +65,9 @@ class Tiles:
     @classmethod
     def of(cls, rows: int, width: int, dtype: torch.dtype, generation: int, biased: bool) -> "Tiles":
         """Tiles for up to `rows` rows at once and heads padded to `width`, on cards of a generation."""
-        m, old = max(16, power_of_two(rows)), generation < HOPPER
+        m, old = max(16, power_of_two(rows)), generation not in DATACENTER
         if dtype == torch.float32:
-            return cls(min(m, 32 if width <= 128 else 16), 32, 4, 2)
+            return cls(min(m, 32), 32, 4, 2) if width <= 128 else cls(16, 32, 8, 2)
         if width > 128:
             m = min(m, 32 if old else 64)
             return cls(m, 32, 8 if biased and m == 64 else 4, 3 if old else 2)
