@@ -15,6 +15,8 @@ from pretend.counting import EXECUTORS, PHASES, WAYS, count
 from pretend.modes import pretending
 from pretend.tensors import OnGpu, log
 
+from hfpatch.ops import self_check
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing needs to be pretended")
 
 TABLE = page.read()
@@ -48,6 +50,15 @@ def test_no_more_than_the_table_says(way: str, case: MethodCase, executor: str) 
             waits = sum((c.waits for c in counted.calls[phase]), Counter[str]())
             more.append(f"{phase}: {cell}, {TABLE[way, str(case), executor][phase]} in the table; waits {dict(waits)}")
     assert not more, "`make counts` writes the table anew:\n" + "\n".join(more)
+
+
+def test_kernels_that_choose_serve_once_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody named an executor: small problems are looked at first, and not in later steps."""
+    monkeypatch.setattr(self_check, "_FOUND", {})
+    case = next(c for c in METHODS if str(c) == "dhsa-queries")
+    table = page.parse(TABLE[WAYS[0], str(case), "triton"]["later steps"], 2)
+    assert page.parse(page.cells(count(case, None))["later steps"], 2) == table
+    assert self_check._FOUND and not any(self_check._FOUND.values())
 
 
 def waits(act) -> list[str]:

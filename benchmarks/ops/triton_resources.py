@@ -23,8 +23,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from hfpatch.core.call import AttentionCall
 from hfpatch.core.selection import BlockMap, Selection, SinkWindow
-from hfpatch.ops import triton_executor, triton_kernels
+from hfpatch.methods.dhsa import fused
+from hfpatch.methods.dhsa.boundaries import fixed
+from hfpatch.methods.dhsa.choose import Rooms
+from hfpatch.methods.dhsa.table import ChunkTable
+from hfpatch.ops import triton_chunks, triton_executor, triton_kernels
 from hfpatch.ops.call import Problem
 
 SHARED = 227 * 1024
@@ -46,6 +51,18 @@ CASES: dict[str, tuple[int, int, int, torch.dtype, str, dict[str, Any]]] = {
     "decode tokens": (1, 128, 128, BF16, "1x1", {}),
     "decode window": (1, 128, 128, BF16, "window", {}),
     "prefill blocks float32": (2048, 128, 128, FP32, "128x128", {}),
+}
+CHOICES: dict[str, tuple[int, int, torch.dtype, str, dict[str, Any]]] = {
+    # name: (keys, key dim, dtype, rule, extras)
+    "choice by queries": (8192, 128, BF16, "queries", {}),
+    "choice by queries of 128k": (131072, 128, BF16, "queries", {}),
+    "choice by queries of 256k, 256 wide": (262000, 256, BF16, "queries", {}),
+    "choice by queries soft-cap": (8192, 128, BF16, "queries", {"softcap": 30.0, "bias": torch.zeros(1, 1, 8192)}),
+    "choice by queries float32": (8192, 128, FP32, "queries", {}),
+    "choice by mass": (8192, 128, BF16, "mass", {}),
+    "choice by mass 256 wide": (8192, 256, BF16, "mass", {}),
+    "choice by mean": (8192, 128, BF16, "mean", {}),
+    "choice by mean of 256k": (262000, 128, BF16, "mean", {}),
 }
 
 
@@ -125,20 +142,50 @@ def main() -> int:
         return lengths()
     triton_executor.split_count = lambda programs, tiles, device: 8 if programs < 100 else 1
     found: list[tuple[int, int, int]] = []
-    for name in ("attend_kernel", "merge_kernel"):
-        setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name), found))
+    for module in (triton_kernels, triton_chunks):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            setattr(module, name, Compiled(getattr(module, name), found))
     wrong = 0
-    for name, (lq, d, dv, dtype, kind, extras) in CASES.items():
+    cases = {n: attend(c) for n, c in CASES.items()} | {n: choice(c) for n, c in CHOICES.items()}
+    for name, make in cases.items():
         if any(word not in name for word in sys.argv[1:]):
             continue
-        lk = max(lq, 8192 if lq == 1 else 0)
-        q, k, v = (torch.zeros(1, h, n, w, dtype=dtype) for h, n, w in ((32, lq, d), (8, lk, d), (8, lk, dv)))
         found.clear()
-        triton_executor.run(Problem(q, k, v, selection(kind, lq, lk), d**-0.5, **extras))
+        make()
         for registers, spilled, shared in found:
             print(f"{name:<34}{registers:4} registers  {spilled:6} bytes spilled  {shared:7} bytes shared", flush=True)
             wrong += spilled > SPILLED or shared > SHARED
     return int(wrong > 0)
+
+
+def attend(case: tuple[int, int, int, torch.dtype, str, dict[str, Any]]) -> Callable[[], Any]:
+    """What runs attention, and the merge of its parts in decode."""
+    lq, d, dv, dtype, kind, extras = case
+    lk = max(lq, 8192 if lq == 1 else 0)
+
+    def run() -> Any:
+        q, k, v = (torch.zeros(1, h, n, w, dtype=dtype) for h, n, w in ((32, lq, d), (8, lk, d), (8, lk, dv)))
+        return triton_executor.run(Problem(q, k, v, selection(kind, lq, lk), d**-0.5, **extras))
+
+    return run
+
+
+def choice(case: tuple[int, int, torch.dtype, str, dict[str, Any]]) -> Callable[[], Any]:
+    """What chooses chunks of 16 tokens in a decode step."""
+    keys, d, dtype, rule, extras = case
+
+    def run() -> Any:
+        q, k = torch.zeros(1, 32, 1, d, dtype=dtype), torch.zeros(1, 8, 1, d, dtype=dtype).expand(-1, -1, keys, -1)
+        call = AttentionCall(0, 1, "decode", q, k, k, d**-0.5, rows=(0,), **extras)
+        table = ChunkTable.empty(k)
+        table.close(keys - 20, lambda start, stop: fixed(1, start, stop, 16, k.device))
+        table.grow(keys - 20, keys)
+        table.moments = q.new_zeros(1, 8, 1, table.moments.shape[3]).expand(-1, -1, table.starts.shape[1] + 1, -1)
+        table.measured = table.closed
+        room = Rooms(64, 128, 1).of((keys - 1, keys), 1, 2048, keys, k.device)
+        return fused.choose(fused.scores(call, table, room, rule, False), table, room)
+
+    return run
 
 
 if __name__ == "__main__":

@@ -95,6 +95,13 @@ class ChunkTable:
         over the two channels of a rotary plane, so that what a query makes of them does not depend on where position
         0 lies, as q k does not.
         """
+        self.measure(k, upto)
+        return Chunks(self.moments, *self.spans, self.rotary)
+
+    def measure(
+        self, k: Tensor, upto: int | None = None, add: Callable[[ChunkTable, Tensor], None] | None = None
+    ) -> None:
+        """Bring the moments up to date, the open chunk's by `add(self, k)` where it is given."""
         if self.measured < self.closed:
             starts = self.starts[:, self.moments.shape[2] - 1 :]
             length = F.pad(starts[:, 1:], (0, 1), value=self.closed) - starts
@@ -103,12 +110,14 @@ class ChunkTable:
             self.moments = torch.cat([self.moments[:, :, :-1], new, torch.zeros_like(new[:, :, :1])], 2)
             self.measured = self.closed
         if self.seen > self.closed and (upto is None or upto > self.closed):
-            new = k[:, :, self.added : self.seen].float()
-            self.open, self.added = self.open + torch.cat([new.sum(2), new.square().sum(2)], -1), self.seen
             if self.moments.is_inference() and not torch.is_inference_mode_enabled():
-                self.moments = self.moments.clone()
-            self.moments[:, :, -1] = self._stored(self.open, self.seen - self.closed)
-        return Chunks(self.moments, *self.spans, self.rotary)
+                self.moments, self.open = self.moments.clone(), self.open.clone()
+            (add or ChunkTable._add_open)(self, k)
+
+    def _add_open(self, k: Tensor) -> None:
+        new = k[:, :, self.added : self.seen].float()
+        self.open, self.added = self.open + torch.cat([new.sum(2), new.square().sum(2)], -1), self.seen
+        self.moments[:, :, -1] = self._stored(self.open, self.seen - self.closed)
 
     def _stored(self, sums: Tensor, length: Tensor | int) -> Tensor:
         stored, dtype = spread(sums, length, self.rotary), self.moments.dtype
