@@ -29,7 +29,7 @@ from hfpatch.methods.dhsa import fused
 from hfpatch.methods.dhsa.boundaries import fixed
 from hfpatch.methods.dhsa.choose import Rooms
 from hfpatch.methods.dhsa.table import ChunkTable
-from hfpatch.ops import triton_chunks, triton_executor, triton_kernels
+from hfpatch.ops import triton_boundaries, triton_chunks, triton_executor, triton_kernels
 from hfpatch.ops.call import Problem
 
 SHARED = 227 * 1024
@@ -142,11 +142,12 @@ def main() -> int:
         return lengths()
     triton_executor.split_count = lambda programs, tiles, device: 8 if programs < 100 else 1
     found: list[tuple[int, int, int]] = []
-    for module in (triton_kernels, triton_chunks):
+    for module in (triton_kernels, triton_chunks, triton_boundaries):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             setattr(module, name, Compiled(getattr(module, name), found))
     wrong = 0
     cases = {n: attend(c) for n, c in CASES.items()} | {n: choice(c) for n, c in CHOICES.items()}
+    cases["boundaries of 128k"] = lambda: fused.suppress(torch.zeros(1, 131072), 4)
     for name, make in cases.items():
         if any(word not in name for word in sys.argv[1:]):
             continue

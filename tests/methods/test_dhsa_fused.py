@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'hfpatch[triton]')")
 
 from hfpatch.core.call import AttentionCall
-from hfpatch.methods.dhsa import fused, trust
+from hfpatch.methods.dhsa import boundaries, fused, trust
 from hfpatch.methods.dhsa.choose import Room, Rooms, choose
 from hfpatch.methods.dhsa.rotary import Rotary
 from hfpatch.methods.dhsa.score import pool_queries, score_by_queries, score_chunks
@@ -158,6 +158,25 @@ def test_scores_of_planes() -> None:
     for rotary in (Rotary(0.5), Rotary(tail=6), Rotary(interleaved=True)):
         call = made_call((4, 2), 131)
         compare(call, made_table(call, (100,), rotary), room_of(call, 40), "mass", False)
+
+
+@pytest.mark.parametrize("radius", [0, 3, 400])
+def test_boundaries_beside_better_ones_are_dropped(radius: int) -> None:
+    """Equal scores, ramps that settle one entry a round, rows without candidates."""
+    score = (torch.randn(4, 301, device=DEVICE) * 5).round()
+    score[:, ::5] = -torch.inf
+    score[1] = torch.linspace(0, 1, 301, device=DEVICE)
+    score[2] = -torch.inf
+    score[3, 40:] = torch.inf
+    assert torch.equal(fused.suppress(score, radius), boundaries.suppress(score, radius))
+    assert torch.equal(fused.suppress(score[:, 1:], radius), boundaries.suppress(score[:, 1:], radius))
+
+
+def test_a_kernel_that_drops_others_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trust._dropped(torch.zeros(0, device=DEVICE)) is None
+    right = fused.suppress
+    monkeypatch.setattr(fused, "suppress", lambda score, radius: right(score, radius + 1))
+    assert "other boundaries" in str(trust._dropped(torch.zeros(0, device=DEVICE)))
 
 
 @pytest.mark.parametrize("rule", [*sorted(fused.SCORED), None])

@@ -15,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from hfpatch.ops import triton_chunks, triton_kernels
+from hfpatch.ops import triton_boundaries, triton_chunks, triton_kernels
 from hfpatch.runtime.pipeline import LayerRuntime
 
 from .tensors import OnGpu, held, log, run
 
 FILLING = torch.empty, Tensor.new_empty, torch.empty_like  # as they are before a test poisons them
-KERNELS = [(module, n) for module in (triton_kernels, triton_chunks) for n in vars(module) if n.endswith("_kernel")]
+MODULES = triton_kernels, triton_chunks, triton_boundaries
+KERNELS = [(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
 
 
 class Operations(TorchDispatchMode):

@@ -128,6 +128,20 @@ def measure_open(table: ChunkTable, k: Tensor) -> None:
     table.added = table.seen
 
 
+def suppress(score: Tensor, radius: int) -> Tensor:
+    """As `boundaries.suppress`, which waits for a GPU to say when all entries are settled."""
+    from ...ops.triton_boundaries import suppress_kernel
+
+    (b, length), score = score.shape, _last_dense(score)
+    alive, kept = score.new_empty((2, b, length), dtype=torch.int8).unbind(0)
+    with on(score):
+        suppress_kernel[(b,)](
+            score, alive, kept, score.stride(0), length, min(radius, length),
+            N=min(4096, max(256, power_of_two(length))), num_warps=8 if length <= 4096 else 32,
+        )  # fmt: skip
+    return kept.bool()
+
+
 def planes(rotary: Rotary, d: int) -> tuple[int, int, bool]:
     """First channel and number of planes that RoPE turns among `d` channels, and whether neighbours make a plane."""
     turned = rotary.tail or int(d * rotary.share)

@@ -17,15 +17,18 @@ from .score import Chunks
 Finder = Callable[[int, int], Tensor]
 ALL = Rotary()
 SEGMENT = 2048
+LARGEST_COPY = 1 << 26  # numbers
 
 
 def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
     """Float32 sums `[B, Hkv, C, 2 D]` of k and of k squared over chunks that begin at `starts [B, C]`.
 
     Tokens `first ..` of `k [B, Hkv, Lk, D]`, row by row and about `SEGMENT` tokens at a time, which keeps the copy in
-    float32 small.
+    float32 small. A GPU, which would be waited for to see where a segment ends, takes some heads at a time instead.
     """
     b, heads, stop, d = k.shape
+    if k.device.type != "cpu":
+        return _sums_by_heads(k, starts, first)
     out = k.new_zeros((b, heads, starts.shape[1], 2 * d), dtype=torch.float32)
     step = max(1, starts.shape[1] * SEGMENT // max(1, stop - first))
     edges = F.pad(starts[:, ::step], (0, 1), value=stop).tolist()
@@ -39,6 +42,21 @@ def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
             for part in (slice(0, d), slice(d, 2 * d)):
                 sums = F.embedding_bag(every, x.view(high - low, -1), offsets, mode="sum")
                 out[row, :, some, part] = sums.view(-1, heads, d).transpose(0, 1)
+                x.square_()
+    return out
+
+
+def _sums_by_heads(k: Tensor, starts: Tensor, first: int) -> Tensor:
+    b, heads, stop, d = k.shape
+    out = k.new_zeros((b, heads, starts.shape[1], 2 * d), dtype=torch.float32)
+    every, some = torch.arange(stop - first, device=k.device), max(1, LARGEST_COPY // max(1, (stop - first) * d))
+    for row, offsets in enumerate(starts - first):
+        for h in range(0, heads, some):
+            x = k[row, h : h + some, first:].transpose(0, 1)
+            x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format).flatten(1)
+            for part in (slice(0, d), slice(d, 2 * d)):
+                sums = F.embedding_bag(every, x, offsets, mode="sum").unflatten(1, (-1, d))
+                out[row, h : h + some, :, part] = sums.transpose(0, 1)
                 x.square_()
     return out
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.call import AttentionCall
 from ...ops.self_check import looked_at_once
 from ...ops.triton_executor import DTYPES, WIDEST
-from . import fused
+from . import boundaries, fused
 from .choose import Room, Rooms, choose
 from .rotary import Rotary
 from .score import pool_queries, score_by_queries, score_chunks
@@ -29,7 +29,7 @@ def serves(
     An executor that was named decides, as it does for attention; "triton" then needs no proof.
     """
     q = call.q
-    if q.device.type != "cuda" or executor not in (None, "triton") or find_spec("triton") is None:
+    if not _there(q, executor):
         return False
     if q.dtype not in DTYPES or q.shape[-1] > WIDEST or table.starts.shape[1] >= fused.MOST_CHUNKS:
         return False
@@ -37,6 +37,28 @@ def serves(
     key = ("dhsa", rule, shared, q.device, q.dtype, q.shape[-1], call.groups, extras, table.rotary, room.align)
     what = "The Triton kernels that choose for 'dhsa' are"
     return executor == "triton" or looked_at_once(key, what, lambda: fault(call, table, room, rule, shared)) is None
+
+
+def suppressor(score: Tensor, executor: str | None) -> boundaries.Suppress:
+    """What drops boundaries beside better ones: a kernel where it serves `score [B, n]`, else torch."""
+    if not _there(score, executor) or score.dtype != torch.float32:
+        return boundaries.suppress
+    what = "The Triton kernel that finds boundaries for 'dhsa' is"
+    proven = executor == "triton" or looked_at_once(("dhsa", score.device), what, lambda: _dropped(score)) is None
+    return fused.suppress if proven else boundaries.suppress
+
+
+def _there(x: Tensor, executor: str | None) -> bool:
+    return x.device.type == "cuda" and executor in (None, "triton") and find_spec("triton") is not None
+
+
+def _dropped(like: Tensor) -> str | None:
+    """What is wrong with the boundaries that the kernel keeps of small scores, some of them equal, or None."""
+    made = torch.Generator("cpu").manual_seed(0)
+    score = (torch.randn(2, 5000, generator=made, device="cpu") * 20).round()
+    score[:, ::7] = -torch.inf
+    same = torch.equal(fused.suppress(score.to(like.device), 4).cpu(), boundaries.suppress(score, 4))
+    return None if same else "it keeps other boundaries of a small problem"
 
 
 def fault(like: AttentionCall, table: ChunkTable, room: Room, rule: str | None, shared: bool) -> str | None:
