@@ -122,8 +122,8 @@ class Counted:
 
 def lengths() -> int:
     """Print how many kernels 40 prompts of different lengths need, prefill and decode."""
-    attend, merge = Counted(triton_kernels.attend_kernel), Counted(triton_kernels.merge_kernel)
-    triton_kernels.attend_kernel, triton_kernels.merge_kernel = attend, merge
+    attend, merge, order = (Counted(getattr(triton_kernels, f"{n}_kernel")) for n in ("attend", "merge", "order"))
+    triton_kernels.attend_kernel, triton_kernels.merge_kernel, triton_kernels.order_kernel = attend, merge, order
     rng = random.Random(0)
     for length in (rng.randint(1100, 9000) for _ in range(40)):
         kv = torch.empty(1, 8, length, 128, dtype=BF16)
@@ -131,7 +131,8 @@ def lengths() -> int:
             q = torch.empty(1, 32, queries, 128, dtype=BF16)
             for kind in (blocks, "window"):
                 triton_executor.run(Problem(q, kv, kv, selection(kind, queries, length), 0.1))
-    print(f"{len(attend.seen)} attention kernels and {len(merge.seen)} merge kernels for 40 lengths")
+    found = f"{len(attend.seen)} attention kernels, {len(merge.seen)} merge kernel, {len(order.seen)} list kernel"
+    print(f"{found} for 40 lengths")
     return 0
 
 
