@@ -179,11 +179,13 @@ def test_a_kernel_that_drops_others_is_not_trusted(monkeypatch: pytest.MonkeyPat
     assert "other boundaries" in str(trust._dropped(torch.zeros(0, device=DEVICE)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("rule", [*sorted(fused.SCORED), None])
 def test_kernels_are_trusted_once_they_choose_right_in_small(
-    rule: str | None, monkeypatch: pytest.MonkeyPatch
+    rule: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = made_call((4, 2), 40, batch=1)
+    call.q, call.k = call.q.to(dtype), call.k.to(dtype)
     table, room = made_table(call, (30,)), room_of(call, 20)
     assert trust.fault(call, table, room, rule, False) is None
     right = fused.choose

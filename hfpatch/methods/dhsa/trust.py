@@ -67,8 +67,10 @@ def fault(like: AttentionCall, table: ChunkTable, room: Room, rule: str | None, 
     there = small(like, like.q.device, like.q.dtype, rule is None)
     block = BLOCK * room.align if rule is None else 1
     rooms = Rooms(3, 9, room.align)
-    want, score = _by_torch(here, table, _room(rooms, here, block), rule, shared)
-    own = small_table(there, table.rotary)
+    want, score = _by_torch(
+        here, small_table(here, table.rotary, like.q.dtype), _room(rooms, here, block), rule, shared
+    )
+    own = small_table(there, table.rotary, like.q.dtype)
     if rule is None:
         got = fused.choose(fused.Scores(score.to(like.q.device)), own, _room(rooms, there, block)).cpu()
         return None if torch.equal(got, want) else "they choose wrong lists of a small problem"
@@ -94,10 +96,10 @@ def small(like: AttentionCall, device: torch.device, dtype: torch.dtype, several
     return AttentionCall(0, 1, "decode", q, k, k, like.q.shape[-1] ** -0.5, like.softcap, bias=bias, rows=(0, 1))
 
 
-def small_table(call: AttentionCall, rotary: Rotary) -> ChunkTable:
-    """A table of ragged chunks for the small call, closed in two parts, with keys in the open chunk."""
+def small_table(call: AttentionCall, rotary: Rotary, dtype: torch.dtype) -> ChunkTable:
+    """A table of ragged chunks for the small call, closed in two parts; keys in the open chunk, moments in dtype."""
     made, k = torch.Generator("cpu").manual_seed(1), call.k
-    table = ChunkTable.empty(torch.zeros(k.shape, dtype=k.dtype, device="cpu"), rotary)
+    table = ChunkTable.empty(torch.zeros(k.shape, dtype=dtype, device="cpu"), rotary)
     for stop in CLOSED:
 
         def find(start: int, stop: int) -> Tensor:
@@ -117,10 +119,10 @@ def _room(rooms: Rooms, call: AttentionCall, block: int) -> Room:
 
 
 def _by_torch(
-    call: AttentionCall, like: ChunkTable, room: Room, rule: str | None, shared: bool
+    call: AttentionCall, table: ChunkTable, room: Room, rule: str | None, shared: bool
 ) -> tuple[Tensor, Tensor]:
     """The lists and the scores they follow from, worked out on the CPU; without a rule by that of means."""
-    chunks = small_table(call, like.rotary).chunks(call.k)
+    chunks = table.chunks(call.k)
     if rule == "queries":
         score = score_by_queries(call, chunks, 0, 1, 1, 1, shared)
     else:
