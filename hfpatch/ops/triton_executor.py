@@ -139,8 +139,8 @@ def _lists(p: Problem, units: int, block_q: int) -> Lists:
             return Lists(
                 sel.indices.expand(*shape, -1), listed, listed, sel.block_q, sel.block_k, 0, 0, most, False
             )  # fmt: skip
-        lists = (t.expand(at.B, units, *t.shape[2:]) for t in _ordered(sel, at))
-        return Lists(*lists, sel.block_q, sel.block_k, 0, 0, most, True)
+        order, full, listed = (t.expand(at.B, units, *t.shape[2:]) for t in _ordered(sel, at))
+        return Lists(order, full, listed, sel.block_q, sel.block_k, 0, 0, most, True)
     window = _window(sel, at.Lk)
     none = torch.empty((1, 1, 1, 1), dtype=torch.int32, device=p.q.device)
     most = min(at.Lk, window.sink + window.window + block_q)
