@@ -15,6 +15,9 @@ from pretend.counting import EXECUTORS, PHASES, WAYS, count
 from pretend.modes import pretending
 from pretend.tensors import OnGpu, log
 
+from hfpatch.ops import self_check
+from hfpatch.runtime.padding import length_with_groups, row_groups
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing needs to be pretended")
 
 TABLE = page.read()
@@ -48,6 +51,29 @@ def test_no_more_than_the_table_says(way: str, case: MethodCase, executor: str) 
             waits = sum((c.waits for c in counted.calls[phase]), Counter[str]())
             more.append(f"{phase}: {cell}, {TABLE[way, str(case), executor][phase]} in the table; waits {dict(waits)}")
     assert not more, "`make counts` writes the table anew:\n" + "\n".join(more)
+
+
+def test_kernels_that_choose_serve_once_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody named an executor: small problems are looked at first, and not in later steps."""
+    monkeypatch.setattr(self_check, "_FOUND", {})
+    case = next(c for c in METHODS if str(c) == "dhsa-queries")
+    table = page.parse(TABLE[WAYS[0], str(case), "triton"]["later steps"], 2)
+    assert page.parse(page.cells(count(case, None))["later steps"], 2) == table
+    assert self_check._FOUND and not any(self_check._FOUND.values())
+
+
+def test_a_decode_step_s_length_and_mask_are_read_in_one_wait() -> None:
+    keep = torch.zeros(3, 1, 1, 9, dtype=torch.bool)
+    keep[..., :6] = True
+    keep[1, ..., :2] = False
+    for mask, n in ((keep, 1), (torch.ones(3, 1, 1, 9, dtype=torch.bool), 2)):  # keys beyond the length are cut off
+        log.reset()
+        with pretending():
+            there = OnGpu(mask)
+            total = length_with_groups(OnGpu(torch.tensor(6)), there, 3, 1)
+            groups = row_groups(there, 3, 1, total)
+        assert (total, groups) == (6, row_groups(mask, 3, 1, 6))
+        assert log.outside.waits.total() == n
 
 
 def waits(act) -> list[str]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -26,8 +27,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
+from hfpatch.core.call import AttentionCall
 from hfpatch.core.selection import BlockMap, Selection, SinkWindow
-from hfpatch.ops import triton_executor, triton_kernels
+from hfpatch.methods.dhsa import fused
+from hfpatch.methods.dhsa.boundaries import fixed
+from hfpatch.methods.dhsa.choose import Rooms
+from hfpatch.methods.dhsa.table import ChunkTable
+from hfpatch.ops import triton_boundaries, triton_chunks, triton_executor, triton_kernels
 from hfpatch.ops.call import Problem
 
 KIB = 1024
@@ -55,6 +61,18 @@ CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
     "decode window D128": (1, 128, 128, "window", {}),
     "decode window D256": (1, 256, 256, "window", {}),
 }  # fmt: skip
+CHOICES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
+    # name: (keys, key dim, dhsa's rule, extras)
+    "choice by queries": (8192, 128, "queries", {}),
+    "choice by queries of 128k": (131072, 128, "queries", {}),
+    "choice by queries of 256k, D256": (262000, 256, "queries", {}),
+    "choice by queries soft-cap": (8192, 128, "queries", {"softcap": 30.0, "bias": torch.zeros(1, 1, 8192)}),
+    "choice by mass": (8192, 128, "mass", {}),
+    "choice by mass D256": (8192, 256, "mass", {}),
+    "choice by mean": (8192, 128, "mean", {}),
+    "choice by mean of 256k": (262000, 128, "mean", {}),
+}
+KERNELS = (triton_kernels, triton_chunks, triton_boundaries)
 
 
 class Card:
@@ -129,8 +147,8 @@ class Counted:
 
 def lengths() -> int:
     """Print how many kernels 40 prompts of different lengths need, prefill and decode."""
-    attend, merge = Counted(triton_kernels.attend_kernel), Counted(triton_kernels.merge_kernel)
-    triton_kernels.attend_kernel, triton_kernels.merge_kernel = attend, merge
+    attend, merge, order = (Counted(getattr(triton_kernels, f"{n}_kernel")) for n in ("attend", "merge", "order"))
+    triton_kernels.attend_kernel, triton_kernels.merge_kernel, triton_kernels.order_kernel = attend, merge, order
     rng = random.Random(0)
     for length in (rng.randint(1100, 9000) for _ in range(40)):
         kv = torch.empty(1, 8, length, 128, dtype=torch.bfloat16)
@@ -138,22 +156,59 @@ def lengths() -> int:
             q = torch.empty(1, 32, queries, 128, dtype=torch.bfloat16)
             for kind in (blocks, "window"):
                 triton_executor.run(Problem(q, kv, kv, selection(kind, queries, length), 0.1))
-    print(f"{len(attend.seen)} attention kernels and {len(merge.seen)} merge kernels for 40 lengths")
+    found = f"{len(attend.seen)} attention kernels, {len(merge.seen)} merge kernel, {len(order.seen)} list kernel"
+    print(f"{found} for 40 lengths")
     return 0
+
+
+def attend(lq: int, d: int, dv: int, kind: str, extras: dict[str, Any], dtype: torch.dtype) -> None:
+    """Attention, and the merge of its parts in decode."""
+    lk = max(lq, 8192 if lq == 1 else 0)
+    q, k, v = (torch.zeros(1, h, n, w, dtype=dtype) for h, n, w in ((32, lq, d), (8, lk, d), (8, lk, dv)))
+    triton_executor.run(Problem(q, k, v, selection(kind, lq, lk), d**-0.5, **extras))
+
+
+def choose(keys: int, d: int, rule: str, extras: dict[str, Any], dtype: torch.dtype) -> None:
+    """The choice of chunks of 16 tokens in a decode step of dhsa."""
+    q, k = torch.zeros(1, 32, 1, d, dtype=dtype), torch.zeros(1, 8, 1, d, dtype=dtype).expand(-1, -1, keys, -1)
+    call = AttentionCall(0, 1, "decode", q, k, k, d**-0.5, rows=(0,), **extras)
+    table = ChunkTable.empty(k)
+    table.close(keys - 20, lambda start, stop: fixed(1, start, stop, 16, k.device))
+    table.grow(keys - 20, keys)
+    table.moments = q.new_zeros(1, 8, 1, table.moments.shape[3]).expand(-1, -1, table.starts.shape[1] + 1, -1)
+    table.measured = table.closed
+    room = Rooms(64, 128, 1).of((keys - 1, keys), 1, 2048, keys, k.device)
+    fused.choose(fused.scores(call, table, room, rule, False), table, room)
+
+
+def suppress(dtype: torch.dtype) -> None:
+    """Which of many boundaries stay; scores are float32."""
+    fused.suppress(torch.zeros(1, 131072), 4)
+
+
+def cases() -> dict[str, Callable[[torch.dtype], None]]:
+    """What to run in each dtype, by name."""
+    return {
+        **{name: partial(attend, *case) for name, case in CASES.items()},
+        **{name: partial(choose, *case) for name, case in CHOICES.items()},
+        "boundaries of 128k": suppress,
+    }
+
+
+def kernels() -> Iterator[tuple[Any, str]]:
+    """Modules and the names of their kernels."""
+    yield from ((module, name) for module in KERNELS for name in sorted(vars(module)) if name.endswith("_kernel"))
 
 
 def measured(arch: int, dtypes: list[str], only: str) -> Iterator[tuple[str, str, list[tuple[int, int, int]]]]:
     """Case, dtype and `(registers, spilled, shared)` of each of its kernels, compiled for the architecture."""
     triton.runtime.driver.set_active(Card(arch))
     triton_executor.generation = lambda device: arch // 10
-    for name, (lq, d, dv, kind, extras) in CASES.items():
-        lk = max(lq, 8192 if lq == 1 else 0)
+    for name, run in cases().items():
         for dtype in dtypes if only in name else []:
-            made = getattr(torch, dtype)
-            q, k, v = (torch.zeros(1, h, n, w, dtype=made) for h, n, w in ((32, lq, d), (8, lk, d), (8, lk, dv)))
             FOUND.clear()
-            triton_executor.run(Problem(q, k, v, selection(kind, lq, lk), d**-0.5, **extras))
-            yield name, dtype, list(FOUND)
+            run(getattr(torch, dtype))
+            yield name, dtype, sorted(FOUND, reverse=True)
 
 
 def table(rows: dict[tuple[str, str], dict[int, tuple[int, int, int]]], archs: list[int]) -> str:
@@ -170,7 +225,7 @@ FOUND: list[tuple[int, int, int]] = []
 
 
 def main() -> int:
-    """Print a line per kernel, or the table; of a decode step its attention kernel is what counts."""
+    """Print a line per kernel, or the table, which has of each case the kernel with most registers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=SHARED, default=[80, 90, 100])
     parser.add_argument("--dtype", nargs="+", choices=SPILLED, default=list(SPILLED))
@@ -182,8 +237,8 @@ def main() -> int:
         triton.runtime.driver.set_active(Card(90))
         return lengths()
     triton_executor.split_count = lambda programs, tiles, device: 8 if programs < 100 else 1
-    for name in ("attend_kernel", "merge_kernel"):
-        setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name), FOUND))
+    for module, name in list(kernels()):
+        setattr(module, name, Compiled(getattr(module, name), FOUND))
     rows: dict[tuple[str, str], dict[int, tuple[int, int, int]]] = {}
     wrong = 0
     for arch in args.arch:
@@ -192,7 +247,7 @@ def main() -> int:
             for n, (registers, spilled, shared) in enumerate(found):
                 bad = spilled > SPILLED[dtype] or shared > SHARED[arch]
                 wrong += bad
-                what = f"sm_{arch} {name}{', merge' * (n > 0)} {dtype}"
+                what = f"sm_{arch} {name}{', another' * (n > 0)} {dtype}"
                 print(
                     f"{what:<58}{registers:4} registers {spilled:5} spilled {shared:7} shared{' !' * bad}",
                     file=sys.stderr if args.table else sys.stdout, flush=True,

@@ -89,13 +89,13 @@ class HeadScale(Method[HeadScaleConfig]):
         key = (call.layer, out.device, out.dtype)
         if key not in self._made:
             with torch.inference_mode(False):  # a later call may be one of training
-                self._made[key] = self._factors(call.layer, call.Hq).to(out.device, out.dtype)[:, None]
+                self._made[key] = self._factors(call.layer, call.Hq, out.device).to(out.device, out.dtype)[:, None]
         return out * self._made[key]
 
-    def _factors(self, layer: int, heads: int) -> Tensor:
+    def _factors(self, layer: int, heads: int, device: torch.device) -> Tensor:
         if self.scale is not None:
             return self.scale[layer]
-        factors = torch.ones(heads)
+        factors = torch.ones(heads, device=device)
         for head, factor in self._by_layer[layer].items():
-            factors[head] = factor
+            factors[head : head + 1].fill_(factor)
         return factors

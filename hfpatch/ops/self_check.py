@@ -25,10 +25,19 @@ def fault(problem: Problem, name: str, run: Callable[[Problem], tuple[Tensor, Te
     Like it are those of its dtype, head dims, group size, extras, block sizes and phase: what kernels are made for.
     """
     key = (name, problem.q.device, *_kind(problem))
+    return looked_at_once(key, f"Executor {name!r} is", lambda: _looked_at(problem, run))
+
+
+def looked_at_once(key: Hashable, what: str, look: Callable[[], str | None]) -> str | None:
+    """What `look()` has found wrong, or what a small problem ended with; remembered, with a warning the first time."""
     if key not in _FOUND:
-        _FOUND[key] = _looked_at(problem, run)
-        if _FOUND[key] is not None:
-            warnings.warn(f"Executor {name!r} is left aside for some calls: {_FOUND[key]}.", stacklevel=2)
+        try:
+            found = look()
+        except Exception as raised:  # whatever a compiler or a driver may raise
+            found = f"a small problem ended with {type(raised).__name__}: {raised!s:.200}"
+        _FOUND[key] = found
+        if found is not None:
+            warnings.warn(f"{what} left aside for some calls: {found}.", stacklevel=3)
     return _FOUND[key]
 
 
@@ -46,11 +55,7 @@ def _looked_at(problem: Problem, run: Callable[[Problem], tuple[Tensor, Tensor]]
     small = _small(problem)
     on_cpu: dict[str, Any] = {n: t.cpu() for n, t in vars(small).items() if isinstance(t, Tensor)}
     want = reference.run(replace(small, **on_cpu, selection=_moved(small.selection, torch.device("cpu"))))
-    try:
-        got = run(small)
-        got_on_cpu = [t.cpu() for t in got]
-    except Exception as raised:  # whatever a compiler or a driver may raise
-        return f"a small problem ended with {type(raised).__name__}: {raised!s:.200}"
+    got_on_cpu = [t.cpu() for t in run(small)]
     for what, a, b in zip(("output", "lse"), want, got_on_cpu, strict=True):
         a, b = a.double(), b.double()
         if not torch.equal(a.isfinite(), b.isfinite()):

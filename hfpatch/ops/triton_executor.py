@@ -8,10 +8,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from hfpatch.core.selection import BlockMap, Causal, Selection, SinkWindow
+from hfpatch.core.selection import BlockMap, Causal, Layout, Selection, SinkWindow
 from hfpatch.ops.call import Problem
 from hfpatch.ops.parts import leaves, run_parts
-from hfpatch.ops.torch_blocks import Plan
 from hfpatch.ops.torch_output import Output
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -147,15 +146,28 @@ def _lists(p: Problem, units: int, block_q: int) -> Lists:
             return Lists(
                 sel.indices.expand(*shape, -1), listed, listed, sel.block_q, sel.block_k, 0, 0, most, False
             )  # fmt: skip
-        plan = Plan.of(sel, p, units)
-        nq = plan.order.shape[2]
-        order = plan.order.to(torch.int32).expand(at.B, units, nq, -1)
-        full, listed = (x.to(torch.int32).expand(at.B, units, nq) for x in (plan.full, plan.full + plan.partial))
+        order, full, listed = (t.expand(at.B, units, *t.shape[2:]) for t in _ordered(sel, at))
         return Lists(order, full, listed, sel.block_q, sel.block_k, 0, 0, most, True)
     window = _window(sel, at.Lk)
     none = torch.empty((1, 1, 1, 1), dtype=torch.int32, device=p.q.device)
     most = min(at.Lk, window.sink + window.window + block_q)
     return Lists(none, none[0], none[0], min(block_q, at.Lq), 0, window.sink, window.window, most, True)
+
+
+def _ordered(sel: BlockMap, at: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks seen whole first `[B|1, H, nQ, K]`, how many these and all are `[B|1, H, nQ]`."""
+    from hfpatch.ops.triton_kernels import order_kernel
+
+    b, heads, _, slots = sel.indices.shape
+    nq, indices, counts = -(-at.Lq // sel.block_q), _dense(sel.indices), sel.counts.expand(sel.indices.shape[:3])
+    order = indices.new_empty((b, heads, nq, slots), dtype=torch.int32)
+    full, listed = indices.new_empty((2, b, heads, nq), dtype=torch.int32).unbind(0)
+    order_kernel[(nq, b * heads)](
+        indices, counts, order, full, listed, *indices.stride()[:3], *counts.stride(),
+        slots, at.off, at.Lk, sel.block_q, heads, BLOCK_K=sel.block_k, W=min(1024, max(16, power_of_two(slots))),
+        num_warps=4,
+    )  # fmt: skip
+    return order, full, listed
 
 
 def _window(sel: Selection, length: int) -> SinkWindow:

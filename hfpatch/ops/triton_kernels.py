@@ -19,6 +19,9 @@ ATTEND_SIZES = [
     "full_n", "listed_b", "listed_h", "listed_n", "lq", "lk", "block_q", "tiles_per_block", "sink", "window",
 ]  # fmt: skip
 MERGE_SIZES = ["lse_b", "lse_h", "lq", "rows"]
+ORDER_SIZES = [
+    "indices_b", "indices_h", "indices_n", "counts_b", "counts_h", "counts_n", "slots", "off", "lk", "block_q",
+]  # fmt: skip
 
 
 @triton.jit
@@ -201,3 +204,38 @@ def merge_kernel(
         lse + b.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + query,
         tl.where(some, safe + tl.log(tl.where(some, total, 1.0)), float("-inf")),
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=ORDER_SIZES)
+def order_kernel(
+    indices, counts, order, full, listed, indices_b, indices_h, indices_n, counts_b, counts_h, counts_n,
+    slots, off, lk, block_q, heads, BLOCK_K: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """The list of one query block in order: key blocks that all its queries see whole, then those that some see.
+
+    `order [B, H, nQ, slots]`, how many are `full` and how many `listed [B, H, nQ]`; W of a list at a time.
+    """
+    n, b, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    wide_b, wide_h, wide_n = b.to(tl.int64), h.to(tl.int64), n.to(tl.int64)
+    indices += wide_b * indices_b + wide_h * indices_h + wide_n * indices_n
+    count = tl.load(counts + wide_b * counts_b + wide_h * counts_h + wide_n * counts_n).to(tl.int32)
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + n
+    first = off + n * block_q
+    last = tl.minimum(first + block_q, lk) - 1
+    s = tl.arange(0, W)
+    some = 0
+    for t in range(0, count, W):
+        begin = tl.load(indices + t + s, mask=t + s < count, other=0).to(tl.int32) * BLOCK_K
+        some += tl.sum(((t + s < count) & (begin + BLOCK_K <= first)).to(tl.int32), 0)
+    before, total = 0, some
+    for t in range(0, count, W):
+        block = tl.load(indices + t + s, mask=t + s < count, other=0).to(tl.int32)
+        whole = (t + s < count) & ((block + 1) * BLOCK_K <= first)
+        cut = (t + s < count) & ((block + 1) * BLOCK_K > first) & (block * BLOCK_K <= last)
+        a, z = tl.cumsum(whole.to(tl.int32), 0), tl.cumsum(cut.to(tl.int32), 0)
+        at = tl.where(whole, before + a, total + z) - 1
+        tl.store(order + row * slots + at, block, mask=whole | cut)
+        before += tl.sum(whole.to(tl.int32), 0)
+        total += tl.sum(cut.to(tl.int32), 0)
+    tl.store(full + row, some)
+    tl.store(listed + row, total)

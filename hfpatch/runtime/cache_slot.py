@@ -1,5 +1,6 @@
 """Which layer of a cache an attention call uses, and how many tokens that layer has seen."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -40,12 +41,18 @@ def find_slot(cache: Any, layer_idx: int | None, key: Tensor) -> int | None:
 
 
 def tokens_seen(
-    cache: Any, slot: int | None, layer_idx: int | None, key: Tensor, positions: Any = None, asker: int | None = None
+    cache: Any,
+    slot: int | None,
+    layer_idx: int | None,
+    key: Tensor,
+    positions: Any = None,
+    asker: int | None = None,
+    read: Callable[[Tensor], int] = int,
 ) -> int | None:
     """Tokens a cache has seen: asked of the layer in use, else of an earlier one; None where none of them tells.
 
     Static layers count on the device. One of those that share the tensor `positions`, as all layers of a forward pass
-    do, is read, once for each `asker`.
+    do, is read by `read`, once for each `asker`.
     """
     layers = layers_of(cache)
     if slot is None:
@@ -54,19 +61,20 @@ def tokens_seen(
         return int(key.shape[2])  # as its get_seq_length has it
     if isinstance(positions, Tensor) and has_room(cache, slot, key.shape[2]):
         of = (id(cache), key.shape[2])
-        return _last.of(positions, of, asker, lambda: _length_from(cache, slot), once=True)
+        return _last.of(positions, of, asker, lambda: _length_from(cache, slot, read), once=True)
     return _length_from(cache, slot)
 
 
-def _length_from(cache: Any, slot: int) -> int | None:
-    found = (_length_at(cache, index) for index in range(slot, -1, -1))
+def _length_from(cache: Any, slot: int, read: Callable[[Tensor], int] = int) -> int | None:
+    found = (_length_at(cache, index, read) for index in range(slot, -1, -1))
     return next((n for n in found if n is not None), None)
 
 
-def _length_at(cache: Any, index: int) -> int | None:
+def _length_at(cache: Any, index: int, read: Callable[[Tensor], int] = int) -> int | None:
     """Tokens that layer `index` of a cache has seen; None for layers without a length, such as linear attention's."""
     try:
-        return int(cache.get_seq_length(index))
+        length = cache.get_seq_length(index)
+        return read(length) if isinstance(length, Tensor) else int(length)
     except (AttributeError, IndexError, NotImplementedError, ValueError):
         return None
 

@@ -16,7 +16,7 @@ from .cache_crop import kept_by
 from .cache_slot import find_slot, has_room, is_paged, tokens_seen
 from .cache_state import Rows, State, cache_layer, cache_states
 from .packing import starts_again
-from .padding import row_groups
+from .padding import length_with_groups, row_groups
 from .row_slice import RowSlice
 from .survey import UNDERSTOOD
 
@@ -86,9 +86,14 @@ class RawCall:
             length: int | None = self.k.shape[2]
             if self.cache is not None:
                 layer, positions = getattr(self.module, "layer_idx", None), self.kwargs.get("position_ids")
-                length = tokens_seen(self.cache, self.slot, layer, self.k, positions, id(self.module))
+                length = tokens_seen(
+                    self.cache, self.slot, layer, self.k, positions, id(self.module), self._read_length
+                )
             self._total = _UNKNOWN if length is None else length
         return self._total
+
+    def _read_length(self, length: Tensor) -> int:
+        return length_with_groups(length, self.mask, self.q.shape[0], self.q.shape[2])
 
     @property
     def slot(self) -> int | None:

@@ -43,6 +43,7 @@ def tight(k: Tensor, sizes: list[int], rotary: Rotary = Rotary()) -> ChunkTable:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunk_sums_of_ragged_rows(segment: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SEGMENT", segment)
+    monkeypatch.setattr(module, "LARGEST_COPY", segment * 60)  # all heads, or one at a time
     k, starts = torch.randn(2, 3, 50, 8).to(dtype), torch.tensor([[5, 9, 30, 40, 41], [5, 40, 50, 50, 50]])
     before, want = k.clone(), torch.zeros(2, 3, 5, 16)
     for row, edges in enumerate([[5, 9, 30, 40, 41, 50], [5, 40, 50]]):
@@ -50,6 +51,7 @@ def test_chunk_sums_of_ragged_rows(segment: int, dtype: torch.dtype, monkeypatch
             x = k[row, :, low:high].float()
             want[row, :, n] = torch.cat([x.sum(1), x.square().sum(1)], -1)
     torch.testing.assert_close(chunk_sums(k, starts, 5), want)
+    torch.testing.assert_close(module._sums_by_heads(k, starts, 5), want)
     one = chunk_sums(k[:, :1].float(), starts, 5)
     torch.testing.assert_close(one, want[:, :1])
     assert torch.equal(k, before), "keys are left as they are"

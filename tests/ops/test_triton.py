@@ -13,6 +13,8 @@ from hfpatch import patched
 from hfpatch.core.selection import BlockMap, Causal, Rows, SinkWindow
 from hfpatch.errors import ExecutorError
 from hfpatch.ops import attend, triton_executor
+from hfpatch.ops.call import Problem
+from hfpatch.ops.torch_blocks import Plan
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'hfpatch[triton]')")
 
@@ -151,7 +153,18 @@ def test_offsets_beyond_32_bits():
 def test_prompts_of_other_lengths_compile_nothing_anew():
     script = Path(__file__).parents[2] / "benchmarks" / "ops" / "triton_resources.py"
     done = subprocess.run([sys.executable, script, "--lengths"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("4 attention kernels and 1 merge kernels")
+    assert done.stdout.startswith("4 attention kernels, 1 merge kernel, 1 list kernel")
+
+
+def test_long_lists_are_put_in_order_piece_by_piece():
+    q, k, v = (t.to(DEVICE) for t in inputs(1, 2, 1, 40, 1600, d=16))
+    indices = torch.stack([torch.randperm(1600)[:1500] for _ in range(3)])[None, None].to(DEVICE)
+    sel = BlockMap(indices, torch.tensor([[[1500, 1100, 3]]], device=DEVICE), 16, 1)
+    order, full, listed = triton_executor._ordered(sel, layout_of(q, k))
+    want = Plan.of(sel, Problem(q, k, v, sel, 0.25), 1)
+    assert torch.equal(full, want.full.int()) and torch.equal(listed, (want.full + want.partial).int())
+    for n, count in enumerate(listed.flatten().tolist()):
+        assert torch.equal(order[0, 0, n, :count], want.order[0, 0, n, :count].int())
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: it compiles for that one")

@@ -55,7 +55,7 @@ class Counted:
         return len(self.cells[PHASES[0]].ops)
 
 
-def count(case: MethodCase, executor: str, way: str = "one prompt", model: str = "llama") -> Counted:
+def count(case: MethodCase, executor: str | None, way: str = "one prompt", model: str = "llama") -> Counted:
     """Run the method on the pretended GPU and on the CPU."""
     cells = {phase: Cell() for phase in PHASES}
     calls: dict[str, list[Counts]] = {phase: [] for phase in PHASES}

@@ -15,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from hfpatch.ops import triton_kernels
+from hfpatch.ops import triton_boundaries, triton_chunks, triton_kernels
 from hfpatch.runtime.pipeline import LayerRuntime
 
 from .tensors import OnGpu, held, log, run
 
 FILLING = torch.empty, Tensor.new_empty, torch.empty_like  # as they are before a test poisons them
-KERNELS = ("attend_kernel", "merge_kernel")
+MODULES = triton_kernels, triton_chunks, triton_boundaries
+KERNELS = [(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
 
 
 class Operations(TorchDispatchMode):
@@ -121,8 +122,8 @@ def pretending() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(lent_guard())
         stack.enter_context(patch.object(LayerRuntime, "run", _scoped(LayerRuntime.run)))
-        for name in KERNELS:
-            stack.enter_context(patch.object(triton_kernels, name, Launch(getattr(triton_kernels, name))))
+        for module, name in KERNELS:
+            stack.enter_context(patch.object(module, name, Launch(getattr(module, name))))
         for name, new in (
             ("device", Device), ("get_device_properties", lambda *a: Properties), ("current_device", lambda: 0),
             ("synchronize", lambda *a: None),

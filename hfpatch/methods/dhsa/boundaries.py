@@ -4,6 +4,7 @@ A boundary at p means that a chunk starts at token p. Regions are `[start, stop)
 `start` is always a boundary, because what lies before it was cut earlier.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from ...core.blocks import longest
 
 ROUNDS = 4
+Suppress = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _shuffled(length: int, device: torch.device) -> Tensor:
     return ((position * 2654435761) & 0xFFFFFFFF).argsort()
 
 
-def cut(score: Tensor, how: Cutting, forced: int | None = None) -> Tensor:
+def cut(score: Tensor, how: Cutting, forced: int | None = None, suppress: Suppress = suppress) -> Tensor:
     """Bool `[B, n]`: where chunks of a region begin, given `score [B, n]` of its tokens (-inf: no candidate).
 
     `forced` is a boundary that enters first; candidates after it are skipped, so what follows is one chunk.

@@ -12,6 +12,8 @@ best first; the one that no longer fits is cut to its first tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,25 +21,68 @@ from torch import Tensor
 from ...core.selection import BlockMap, Layout
 
 
-@dataclass(eq=False)
-class Room:
-    """The budget of query blocks `[nQ]`, in units: sink `[0, sink)`, recent `[low, high)`, `budget` of `total`.
+class Units(NamedTuple):
+    """A `Room` on its device: per query block `[nQ]` where it begins and its recent units, `slots [budget]` of a list.
 
-    `recent [nQ]` is where in the list the recent units begin, `shift [nQ]` what turns a slot there into a unit;
-    `slots [budget]` are the slots of a list, `full` (no dimensions) is its length.
+    `recent` is where in the list the recent units begin, `shift` what turns a slot there into a unit.
     """
 
-    sink: int
+    begin: Tensor
     low: Tensor
-    high: Tensor
-    budget: int
-    total: int
+    recent: Tensor
+    shift: Tensor
+    slots: Tensor
 
-    def __post_init__(self) -> None:
-        self.recent = self.budget - self.high + self.low
-        self.shift = self.low - self.recent
-        self.slots = torch.arange(self.budget, device=self.low.device)
-        self.full = torch.full((), self.budget, dtype=torch.int32, device=self.low.device)
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """The budget of the query blocks of `block` queries from position `first` to `stop`, of `keys` known.
+
+    In units: the first `sink`, a block's recent `[low, high)` from `local` tokens before it on, `budget` in all.
+    `full` (no dimensions) is the length of a list.
+    """
+
+    first: int
+    stop: int
+    block: int
+    budget: int
+    keys: int
+    sink: int
+    local: int
+    align: int
+    full: Tensor
+
+    @cached_property
+    def units(self) -> Units:
+        """The units of every query block, worked out where somebody asks for them."""
+        align = self.align
+        with torch.inference_mode(False):  # a later call may be one of training
+            begin = torch.arange(self.first, self.stop, self.block, device=self.full.device)
+            low = whole(begin - self.local, align).clamp(min=self.sink)
+            high = whole((begin + self.block).clamp(max=self.stop) + (align - 1), align)
+            recent = self.budget - high + low
+            return Units(begin, low, recent, low - recent, torch.arange(self.budget, device=self.full.device))
+
+
+class Rooms:
+    """The last `Room` asked for: all layers of a pass have the same; the length of a list stays for many passes."""
+
+    def __init__(self, sink: int, local: int, align: int) -> None:
+        self.around = -(-sink // align), local, align
+        self._last: Room | None = None
+
+    def of(self, queries: tuple[int, int], block: int, budget: int, keys: int, device: torch.device) -> Room:
+        """The room of the query blocks at positions `queries`."""
+        last, of = self._last, (*queries, block, budget, keys)
+        same = last is not None and last.full.device == device
+        if last is None or not same or (last.first, last.stop, last.block, last.budget, last.keys) != of:
+            if last is None or not same or last.budget != budget:
+                with torch.inference_mode(False):
+                    full = torch.full((), budget, dtype=torch.int32, device=device)
+            else:
+                full = last.full
+            last = self._last = Room(*of, *self.around, full)
+        return last
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +109,12 @@ def kept_units(score: Tensor, starts: Tensor, ends: Tensor, room: Room) -> tuple
 
     `score [B, H, nQ, C]`, `starts`, `ends [B, C]` in units.
     """
+    at = room.units
     first = starts[:, None, None].clamp(min=room.sink)
-    length = (ends[:, None, None].minimum(room.low[:, None]) - first).clamp_min(0)
+    length = (ends[:, None, None].minimum(at.low[:, None]) - first).clamp_min(0)
     score = score.masked_fill(length == 0, -torch.inf)
     order, sizes = _best(score, length.expand_as(score), room)
-    left = (room.recent - room.sink)[:, None] - sizes.cumsum(-1) + sizes
+    left = (at.recent - room.sink)[:, None] - sizes.cumsum(-1) + sizes
     fits = left.clamp_min(0).minimum(sizes)
     return torch.zeros_like(score, dtype=fits.dtype).scatter_(-1, order, fits), first
 
@@ -80,11 +126,11 @@ def _best(score: Tensor, length: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     would be waited for to see that, all are.
     """
     count = score.shape[-1]
-    some = 2 * count * room.budget // max(1, room.total) + 16
+    some = 2 * count * room.budget // max(1, room.keys // room.align) + 16
     if some < count and score.device.type == "cpu":
         order = score.topk(some, dim=-1).indices
         sizes = length.gather(-1, order)
-        if bool((sizes.sum(-1) >= room.recent - room.sink).all()):
+        if bool((sizes.sum(-1) >= room.units.recent - room.sink).all()):
             return order, sizes
     order = score.argsort(dim=-1, descending=True, stable=True)
     return order, length.gather(-1, order)
@@ -102,14 +148,21 @@ def list_units(kept: Tensor, first: Tensor, room: Room) -> Tensor:
     slot = slot.masked_fill_(kept == 0, room.budget)
     lists = kept.new_zeros(b, h, n, room.budget + 1)
     lists.scatter_(-1, slot, shift)
-    recent = room.recent
-    lists.scatter_(-1, recent[:, None].expand(b, h, n, 1), room.shift[:, None].expand(b, h, n, 1))
+    at = room.units
+    lists.scatter_(-1, at.recent[:, None].expand(b, h, n, 1), at.shift[:, None].expand(b, h, n, 1))
     lists = lists[..., :-1].cummax(-1).values
-    return lists + room.slots
+    return lists + at.slots
 
 
-def choose(score: Tensor, starts: Tensor, ends: Tensor, room: Room, block_q: int, align: int) -> TokenLists:
-    """Token lists of all query blocks; every block must have at least `budget` units up to its end."""
-    kept, first = kept_units(score, starts, ends, room)
-    lists = list_units(kept, first, room).int()
-    return TokenLists(lists, room.full.expand(lists.shape[:3]), block_q, align)
+def choose(score: Tensor, starts: Tensor, ends: Tensor, room: Room) -> Tensor:
+    """Unit lists `[B, H, nQ, budget]` of all query blocks; each must have at least `budget` units up to its end.
+
+    `score [B, H, nQ, C]`, `starts`, `ends [B, C]` in tokens.
+    """
+    kept, first = kept_units(score, whole(starts, room.align), whole(ends, room.align), room)
+    return list_units(kept, first, room).int()
+
+
+def token_lists(lists: Tensor, room: Room) -> TokenLists:
+    """The selection made of unit lists `[B, H, nQ, budget]`."""
+    return TokenLists(lists, room.full.expand(lists.shape[:3]), room.block, room.align)

@@ -10,6 +10,7 @@ from .boundaries import Cutting, cut, fixed, novelty, snap, split_long
 from .config import DhsaConfig
 from .labels import mass_ratio
 from .predictor import BoundaryPredictor
+from .trust import suppressor
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Finder:
             score = self.score(call, start, stop)
             if c.threshold is not None:
                 score = score.masked_fill(score <= c.threshold, -torch.inf)
-            flags = cut(score, Cutting(c.radius, c.chunk), forced)
+            flags = cut(score, Cutting(c.radius, c.chunk), forced, suppressor(score, c.executor))
         if start < c.sink < stop:  # initial tokens' keys are unlike others and would speak for their chunk
             flags = flags.clone()
             flags[:, c.sink - start] = True

@@ -13,14 +13,17 @@ from ...core.method import Method
 from ...core.selection import Causal, Rows, Selection
 from ...errors import ConfigError
 from ...runtime.model_facts import modeling_names, text_config
-from .choose import Room, choose, whole
+from . import fused
+from .choose import Room, Rooms, choose, token_lists
 from .config import DhsaConfig
 from .finder import Finder
+from .fused import Scores
 from .predictor import BoundaryPredictor, load_predictor
 from .rotary import Rotary
 from .score import Chunks, pool_queries, score_by_queries, score_chunks
 from .sharing import LayerSharing
 from .table import ChunkTable
+from .trust import serves
 
 KEY = "dhsa"
 
@@ -56,7 +59,7 @@ class Dhsa(Method[DhsaConfig]):
         self.rotary = Rotary()
         self.needs = frozenset({"forward"} if config.layer_sharing != "none" else ())
         self.sharing = LayerSharing(config.layer_sharing)
-        self._rooms: tuple[Any, Tensor, Room] | None = None
+        self._rooms = Rooms(config.sink, config.local, config.align)
         self._chunks: dict[int, tuple[Tensor, int]] = {}  # layer: chunks cut last, tokens in them
 
     def learns(self, sizes: ModelSizes) -> dict[str, Learned]:
@@ -119,39 +122,35 @@ class Dhsa(Method[DhsaConfig]):
         dense = min(max(0, (units * align - off) // block * block), stop)
         if stop <= dense or off + stop <= units * align:
             return None
-        chunks = table.bare if c.score == "queries" else table.chunks(call.k, upto=off + stop - c.local)
-        begin, room = self._room(call, (off + dense, off + stop), block, units)
-        score = self._score(call, chunks, begin, dense, stop, block)  # [B, H, nQ, C]
+        room = self._rooms.of((off + dense, off + stop), block, units, call.Lk, call.q.device)
+        lists = token_lists(self._lists(call, table, room, dense, stop), room)
         if call.Lq > off:  # most of a prompt: the moments would lie idle while the other layers work
             table.forget()
-        lists = choose(score, whole(chunks.starts, align), whole(chunks.ends, align), room, block, align)
         parts: list[tuple[int, Selection]] = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
         return lists if len(parts) == 1 else Rows(parts)
 
-    def _score(self, call: AttentionCall, chunks: Chunks, begin: Tensor, start: int, stop: int, block: int) -> Tensor:
-        """Scores `[B, H, nQ, C]` of the query blocks between queries `start` and `stop`, at positions `begin [nQ]`."""
+    def _lists(self, call: AttentionCall, table: ChunkTable, room: Room, start: int, stop: int) -> Tensor:
+        """Unit lists `[B, H, nQ, budget]` of the query blocks between queries `start` and `stop`."""
         c, shared = self.config, self.config.head_sharing == "all"
+        rule = c.score if call.Lq == 1 and c.score in fused.SCORED else None
+        kernels = serves(call, table, room, rule, shared, c.executor)
+        if kernels and rule is not None:
+            return fused.choose(fused.scores(call, table, room, rule, shared), table, room)
+        upto = room.stop - c.local
+        chunks = table.bare if c.score == "queries" else table.chunks(call.k, upto)
+        score = self._score(call, chunks, room, start, stop, shared)  # [B, H, nQ, C]
+        if kernels:
+            return fused.choose(Scores(score), table, room)
+        return choose(score, chunks.starts, chunks.ends, room)
+
+    def _score(self, call: AttentionCall, chunks: Chunks, room: Room, start: int, stop: int, shared: bool) -> Tensor:
+        """Scores `[B, H, nQ, C]` of the query blocks between queries `start` and `stop`."""
+        c, block = self.config, room.block
         if c.score == "queries":
             return score_by_queries(call, chunks, start, stop, block, c.queries or -(-block // 16), shared)
         q = pool_queries(call.q[:, :, start:stop], block)  # [B, Hq, nQ, D]
-        return score_chunks(q, chunks, c.score, begin, call.scale, shared)
-
-    def _room(self, call: AttentionCall, queries: tuple[int, int], block: int, units: int) -> tuple[Tensor, Room]:
-        """Where the query blocks at positions `queries` begin, `[nQ]`, and their budget: all layers have the same."""
-        of = (*queries, block, units, call.Lk, call.q.device)
-        last = self._rooms
-        if last is None or last[0] != of:
-            with torch.inference_mode(False):  # a later call may be one of training
-                last = self._rooms = (of, *self._new_room(call, queries, block, units))
-        return last[1:]
-
-    def _new_room(self, call: AttentionCall, queries: tuple[int, int], block: int, units: int) -> tuple[Tensor, Room]:
-        c, align = self.config, self.config.align
-        sink, begin = -(-c.sink // align), torch.arange(*queries, block, device=call.q.device)
-        low = whole(begin - c.local, align).clamp(min=sink)
-        high = whole((begin + block).clamp(max=queries[1]) + (align - 1), align)
-        return begin, Room(sink, low, high, units, call.Lk // align)
+        return score_chunks(q, chunks, c.score, room.units.begin, call.scale, shared)
 
     def _question(self, call: AttentionCall) -> int:
         """Queries at the end of the call that attend densely: from the span "question" on, or `question_tokens`."""

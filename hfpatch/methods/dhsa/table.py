@@ -17,15 +17,18 @@ from .score import Chunks
 Finder = Callable[[int, int], Tensor]
 ALL = Rotary()
 SEGMENT = 2048
+LARGEST_COPY = 1 << 26  # numbers
 
 
 def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
     """Float32 sums `[B, Hkv, C, 2 D]` of k and of k squared over chunks that begin at `starts [B, C]`.
 
     Tokens `first ..` of `k [B, Hkv, Lk, D]`, row by row and about `SEGMENT` tokens at a time, which keeps the copy in
-    float32 small.
+    float32 small. A GPU, which would be waited for to see where a segment ends, takes some heads at a time instead.
     """
     b, heads, stop, d = k.shape
+    if k.device.type != "cpu":
+        return _sums_by_heads(k, starts, first)
     out = k.new_zeros((b, heads, starts.shape[1], 2 * d), dtype=torch.float32)
     step = max(1, starts.shape[1] * SEGMENT // max(1, stop - first))
     edges = F.pad(starts[:, ::step], (0, 1), value=stop).tolist()
@@ -39,6 +42,21 @@ def chunk_sums(k: Tensor, starts: Tensor, first: int) -> Tensor:
             for part in (slice(0, d), slice(d, 2 * d)):
                 sums = F.embedding_bag(every, x.view(high - low, -1), offsets, mode="sum")
                 out[row, :, some, part] = sums.view(-1, heads, d).transpose(0, 1)
+                x.square_()
+    return out
+
+
+def _sums_by_heads(k: Tensor, starts: Tensor, first: int) -> Tensor:
+    b, heads, stop, d = k.shape
+    out = k.new_zeros((b, heads, starts.shape[1], 2 * d), dtype=torch.float32)
+    every, some = torch.arange(stop - first, device=k.device), max(1, LARGEST_COPY // max(1, (stop - first) * d))
+    for row, offsets in enumerate(starts - first):
+        for h in range(0, heads, some):
+            x = k[row, h : h + some, first:].transpose(0, 1)
+            x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format).flatten(1)
+            for part in (slice(0, d), slice(d, 2 * d)):
+                sums = F.embedding_bag(every, x, offsets, mode="sum").unflatten(1, (-1, d))
+                out[row, h : h + some, :, part] = sums.transpose(0, 1)
                 x.square_()
     return out
 
@@ -95,6 +113,13 @@ class ChunkTable:
         over the two channels of a rotary plane, so that what a query makes of them does not depend on where position
         0 lies, as q k does not.
         """
+        self.measure(k, upto)
+        return Chunks(self.moments, *self.spans, self.rotary)
+
+    def measure(
+        self, k: Tensor, upto: int | None = None, add: Callable[[ChunkTable, Tensor], None] | None = None
+    ) -> None:
+        """Bring the moments up to date, the open chunk's by `add(self, k)` where it is given."""
         if self.measured < self.closed:
             starts = self.starts[:, self.moments.shape[2] - 1 :]
             length = F.pad(starts[:, 1:], (0, 1), value=self.closed) - starts
@@ -103,12 +128,14 @@ class ChunkTable:
             self.moments = torch.cat([self.moments[:, :, :-1], new, torch.zeros_like(new[:, :, :1])], 2)
             self.measured = self.closed
         if self.seen > self.closed and (upto is None or upto > self.closed):
-            new = k[:, :, self.added : self.seen].float()
-            self.open, self.added = self.open + torch.cat([new.sum(2), new.square().sum(2)], -1), self.seen
             if self.moments.is_inference() and not torch.is_inference_mode_enabled():
-                self.moments = self.moments.clone()
-            self.moments[:, :, -1] = self._stored(self.open, self.seen - self.closed)
-        return Chunks(self.moments, *self.spans, self.rotary)
+                self.moments, self.open = self.moments.clone(), self.open.clone()
+            (add or ChunkTable._add_open)(self, k)
+
+    def _add_open(self, k: Tensor) -> None:
+        new = k[:, :, self.added : self.seen].float()
+        self.open, self.added = self.open + torch.cat([new.sum(2), new.square().sum(2)], -1), self.seen
+        self.moments[:, :, -1] = self._stored(self.open, self.seen - self.closed)
 
     def _stored(self, sums: Tensor, length: Tensor | int) -> Tensor:
         stored, dtype = spread(sums, length, self.rotary), self.moments.dtype
