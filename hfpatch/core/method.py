@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..config.method_config import MethodConfig
 from ..errors import IncompatibleMethodsError
 from .call import AttentionCall
+from .graph_step import GraphKeys, GraphStep
 from .learned import Learned, ModelSizes
 from .reweight import Columns
 from .selection import Selection, SinkWindow
@@ -26,8 +27,9 @@ class Method(Generic[C]):
     prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "q_pre_rope" and "forward"
     (what layers share in a pass). `causality` says what a later token can change for an earlier one: "yes" nothing,
     "tile" which keys the queries of its own block see, "no" anything. `positional` methods give sinks and windows,
-    worked out from sizes alone, and compile into one graph. `retain(call)`, where there is one, names the only keys
-    that the rows of a call will ever look at again; once all rows agree the cache drops the others.
+    worked out from sizes alone, and compile into one graph; others say `compiles` (see `graph_select`).
+    `retain(call)`, where there is one, names the only keys that the rows of a call will ever look at again; once all
+    rows agree the cache drops the others.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
@@ -38,6 +40,7 @@ class Method(Generic[C]):
     stateful: ClassVar[bool] = False
     positional: ClassVar[bool] = False
     trained: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
 
     _points: ClassVar[frozenset[str]] = frozenset()
     acts_in: frozenset[str] = frozenset({"prefill", "decode"})
@@ -83,6 +86,26 @@ class Method(Generic[C]):
     def select(self, call: AttentionCall) -> Selection | None:
         """Which keys each query attends to; None leaves the layer dense."""
         return None
+
+    def graph_state(self, call: AttentionCall, capacity: int) -> dict[str, Tensor]:
+        """What decode steps in a graph will need of the keys so far: tensors of fixed sizes with rows first.
+
+        Asked after every call outside of a graph on a static cache of `capacity` slots, for rows that share padding.
+        """
+        return {}
+
+    def graph_select(self, step: GraphStep) -> GraphKeys | None:
+        """`select` of a decode step in a graph; None where a cache of that capacity leaves every step dense.
+
+        A method that `compiles` has this beside `select`, its `reweight` gives constant factors per head, its
+        `output` looks at the call's tensors alone, and it has no other points.
+        """
+        return None
+
+    def graph_blocker(self, capacity: int) -> str | None:
+        """Why decode steps on a cache of so many slots cannot be part of a graph of torch.compile, or None."""
+        known = self.compiles or (self.positional and self.points() == {"select"})
+        return None if known else "its decode step has no form of fixed shapes"
 
     def bias(self, call: AttentionCall) -> Tensor | None:
         """Additive bias on key columns, `[B|1, Hq|1, Lk]`, after soft-capping."""

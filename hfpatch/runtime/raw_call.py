@@ -139,7 +139,7 @@ class RawCall:
 
     def blocker(self) -> str | None:
         """Why this call has to run dense, or None."""
-        return self._unserved_request() or self._unserved_keys()
+        return self.unserved() or self._unserved_keys()
 
     @property
     def forgetful(self) -> str | None:
@@ -148,7 +148,8 @@ class RawCall:
             return None
         return f"a {type(self.cache).__name__} without layers that could carry what is remembered"
 
-    def _unserved_request(self) -> str | None:
+    def unserved(self) -> str | None:
+        """Why a call that asks for such things has to run dense, whatever the keys; or None."""
         kw = self.kwargs
         if self.cache is not None and is_paged(self.cache):
             return "continuous batching, whose cache keeps several sequences in pages"
