@@ -1,7 +1,7 @@
 """Milliseconds per decoded token: Transformers as it is, and compiled with a StaticCache, with and without patches.
 
 All go on from one prompt, which is read once but for its last 64 tokens: each variant reads these itself. Before a
-time is shown, a compiled variant has to pick the tokens that the same variant picks as it is, where rounding cannot have
+time is shown, a compiled variant has to pick the tokens that the same variant picks as it is, unless rounding
 decided. Then the variants take turns, some tokens in a row. Compiling takes minutes; PyTorch keeps what it compiled.
 
 python benchmarks/compiled_decode.py FOLDER --dtype bfloat16 --patch quest:min_length=0 --patch streaming:phase=decode

@@ -87,10 +87,13 @@ class Method(Generic[C]):
         """Which keys each query attends to; None leaves the layer dense."""
         return None
 
-    def graph_state(self, call: AttentionCall, capacity: int) -> dict[str, Tensor]:
+    def graph_state(
+        self, call: AttentionCall, capacity: int, before: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """What decode steps in a graph will need of the keys so far: tensors of fixed sizes with rows first.
 
-        Asked after every call outside of a graph on a static cache of `capacity` slots, for rows that share padding.
+        Asked after every call outside of a graph on a static cache of `capacity` slots, for rows that share padding;
+        for a decode step with what there was `before` it, which may be changed in place.
         """
         return {}
 

@@ -62,21 +62,16 @@ class Quest(Method[QuestConfig]):
         tokens = tokens_of(c.budget, call.Lk)
         if call.Lq != 1 or self.too_short(call) or (isinstance(c.budget, int) and call.Lk <= tokens):
             return None
-        pages = self._pages(call)
+        name = f"quest.{c.page}"
+        if name not in call.state:
+            call.state[name] = Pages(c.page, call.k)
+        pages = call.state[name]
+        pages.update(call.k)
         bounds = pages.bounds(call.q[:, :, 0], choosers(call.layout, c.head_sharing))
         bounds[..., -1] = torch.inf
         count = min(self._count(tokens), bounds.shape[-1])
         indices = bounds.topk(count, dim=-1, sorted=False).indices[:, :, None]
         return PageLists(indices, self._counts(count, call.q.device).expand(indices.shape[:3]), 1, c.page)
-
-    def _pages(self, call: AttentionCall) -> "Pages":
-        """The pages of the call's keys, brought up to date."""
-        name = f"quest.{self.config.page}"
-        if name not in call.state:
-            call.state[name] = Pages(self.config.page, call.k)
-        pages: Pages = call.state[name]
-        pages.update(call.k)
-        return pages
 
     def _count(self, tokens: int) -> int:
         return max(FEWEST_PAGES, -(-tokens // self.config.page))
@@ -86,15 +81,25 @@ class Quest(Method[QuestConfig]):
 
         As many as are dense below `min_length`: sizes stay the same in a graph.
         """
-        pages = self._count(max(tokens_of(self.config.budget, capacity), min(self.config.min_length, capacity)))
-        return pages if pages * self.config.page < capacity else None
+        c = self.config
+        if capacity < c.min_length or (isinstance(c.budget, int) and capacity <= c.budget):
+            return None
+        return min(self._count(max(tokens_of(c.budget, capacity), c.min_length)), -(-capacity // c.page))
 
-    def graph_state(self, call: AttentionCall, capacity: int) -> dict[str, Tensor]:
+    def graph_state(
+        self, call: AttentionCall, capacity: int, before: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Maxima and minima of all pages that the cache has room for, `ends [B, Hkv, n, 2 D]`."""
         if self._most(capacity) is None:
             return {}
-        pages, n = self._pages(call), -(-call.Lk // self.config.page)
-        ends = call.k.new_zeros(call.B, call.Hkv, -(-capacity // self.config.page), 2 * call.k.shape[3])
+        size, n = self.config.page, -(-call.Lk // self.config.page)
+        if before is not None:
+            high, low = before["ends"][:, :, n - 1].chunk(2, -1)
+            torch.aminmax(call.k[:, :, (n - 1) * size :], dim=2, out=(low, high))
+            return dict(before)
+        pages = Pages(size, call.k)
+        pages.update(call.k)
+        ends = call.k.new_zeros(call.B, call.Hkv, -(-capacity // size), 2 * call.k.shape[3])
         ends[:, :, :n] = pages.ends[:, :, :n]
         return {"ends": ends}
 

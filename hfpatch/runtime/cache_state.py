@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache_slot import layers_of
-from .graph_tensors import drop_graph_states, move_graph_states
+from .graph_tensors import count_update, drop_graph_states, move_graph_states
 
 State = dict[str, Any]
 Rows = tuple[int, ...]
@@ -151,7 +151,7 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
             self.hfpatch_mark = None  # keys that come in a graph are ours, and their version is unknown
             return original(self, *args, **kwargs)
         check_keys(self)
-        drop_graph_states(self)
+        count_update(self)
         out = original(self, *args, **kwargs)
         mark_keys(self)
         return out

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.call import rows_on
 from ..core.method import Method
 from .cache_slot import has_room
 from .cache_state import cache_layer, followed
 from .calls import Place
-from .graph_tensors import GraphStates, graph_states_of, put_graph_states
+from .graph_tensors import GraphStates, graph_states_of, put_graph_states, states_before
 from .raw_call import RawCall
 
 
@@ -29,16 +30,18 @@ def leave_for_graphs(raw: RawCall, methods: Sequence[Method], key: str, place: P
     groups = raw.groups()
     if isinstance(groups, str):
         return
+    layer, states = followed(cache_layer(raw.cache, raw.slot)), raw.states(key)
+    before = states_before(layer, key) if raw.q.shape[2] == 1 else None
     whole: GraphStates = {n: {} for n, _ in enumerate(methods)}
-    states = raw.states(key)
     for tokens in groups:
         call = place.call(raw, raw.phase, tokens, None)
         call.states = states
+        rows = slice(None) if len(tokens.rows) == len(raw.q) else rows_on(raw.q.device, tokens.rows)
         for n, m in enumerate(methods):
-            for name, x in m.graph_state(call, capacity).items() if not m.graph_blocker(capacity) else ():
-                if len(tokens.rows) < len(raw.q):
-                    full = whole[n].setdefault(name, x.new_zeros(len(raw.q), *x.shape[1:]))
-                    full[list(tokens.rows)] = x
-                else:
+            known = None if before is None else {name: x[rows] for name, x in before[n].items()}
+            for name, x in m.graph_state(call, capacity, known).items():
+                if isinstance(rows, slice):
                     whole[n][name] = x
-    put_graph_states(followed(cache_layer(raw.cache, raw.slot)), key, whole)
+                else:
+                    whole[n].setdefault(name, x.new_zeros(len(raw.q), *x.shape[1:]))[rows] = x
+    put_graph_states(layer, key, whole)

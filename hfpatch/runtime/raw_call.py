@@ -54,6 +54,7 @@ class RawCall:
     seat: Seat
     _total: int | None = None
     _slot: int | None = None
+    _groups: list[RowSlice] | str | None = None
     _sought: bool = False
 
     @property
@@ -211,6 +212,11 @@ class RawCall:
 
     def groups(self) -> list[RowSlice] | str:
         """Rows by the range of their real tokens, or the reason why the mask cannot be read so."""
+        if self._groups is None:
+            self._groups = self._read_groups()
+        return self._groups
+
+    def _read_groups(self) -> list[RowSlice] | str:
         mask = self.mask
         if mask is None:
             return [RowSlice(tuple(range(self.q.shape[0])), 0, self.total)]

@@ -24,7 +24,8 @@ class Room:
     """The budget of query blocks `[nQ]`, in units: sink `[0, sink)`, recent `[low, high)`, `budget` of `total`.
 
     `recent [nQ]` is where in the list the recent units begin, `shift [nQ]` what turns a slot there into a unit;
-    `slots [budget]` are the slots of a list, `full` (no dimensions) is its length.
+    `slots [budget]` are the slots of a list, `full` (no dimensions) is its length. Where `own [nQ]` is given it is the
+    budget of each, and the rest of a list means nothing. With a `total` of 0 nothing is read on the host.
     """
 
     sink: int
@@ -32,9 +33,10 @@ class Room:
     high: Tensor
     budget: int
     total: int
+    own: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.recent = self.budget - self.high + self.low
+        self.recent = (self.budget if self.own is None else self.own) - self.high + self.low
         self.shift = self.low - self.recent
         self.slots = torch.arange(self.budget, device=self.low.device)
         self.full = torch.full((), self.budget, dtype=torch.int32, device=self.low.device)
