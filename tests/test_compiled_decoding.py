@@ -12,10 +12,15 @@ from injection_helpers import fresh
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from hfpatch import patched
 from hfpatch.config.registry import make_config
+from hfpatch.core.call import AttentionCall
+from hfpatch.core.reweight import Columns
+from hfpatch.core.selection import Selection
+from hfpatch.methods.gated import Gated, GatedConfig
+from hfpatch.methods.quest import Quest, QuestConfig
 
 LENGTH, STEPS, SLOTS = 60, 20, 96
 QUEST = {"page": 4, "min_length": 0}
@@ -217,6 +222,27 @@ def test_what_cannot_be_compiled_is_refused_with_a_reason(
             compiled(model)(ids[:, :queries], past_key_values=cache)
 
 
+def test_a_choice_changed_in_a_subclass_is_not_compiled_as_it_was() -> None:
+    class Other(Quest):
+        def select(self, call: AttentionCall) -> Selection | None:
+            return None
+
+    class Choosy(Gated):
+        def select(self, call: AttentionCall) -> Selection | None:
+            return None
+
+    assert Quest(QuestConfig()).graph_blocker(SLOTS) is None and Gated(GatedConfig()).graph_blocker(SLOTS) is None
+    assert Other(QuestConfig()).graph_blocker(SLOTS) and Choosy(GatedConfig()).graph_blocker(SLOTS)
+
+
+def test_factors_find_their_columns() -> None:
+    at, factor = torch.arange(6).view(1, 2, 3), torch.tensor([2.0, 3.0])
+    for keys in (slice(1, 3), torch.tensor([2, 1])):
+        columns = Columns(keys, factor, positive=True)
+        assert columns.among(at).flatten().tolist() == [False, True, True, False, False, False]
+        assert torch.equal(columns.head_logs, factor.log())
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_without_fullgraph_such_a_step_runs_outside_of_the_graph() -> None:
@@ -237,3 +263,19 @@ def test_a_step_that_has_to_be_dense_says_so() -> None:
         cache, ids = read(model)
         as_in_a_graph(model)(ids[:, :1], past_key_values=cache, output_attentions=True)
         assert "in such a graph 1 layers run dense: attention weights were asked for" in str(handle.report())
+
+
+@pytest.mark.parametrize("patch", ["quest", "dhsa"])
+@torch.no_grad()
+def test_generate_compiles_its_steps(patch: str) -> None:
+    model = fresh(num_hidden_layers=2)
+    ids, mask = zoo.left_pad(zoo.prompt(model, 2, LENGTH), [LENGTH, LENGTH - 13])
+    asked = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    how = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    how._compile_all_devices = True  # on a CPU it would not compile
+    with patched(model, make(PATCHES[patch])) as handle:
+        want = model.generate(ids, **asked)
+        assert "one graph" not in str(handle.report())
+        got = model.generate(ids, compile_config=how, **asked)
+        assert "one graph are not counted" in str(handle.report())
+    assert torch.equal(got, want)

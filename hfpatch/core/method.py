@@ -43,6 +43,7 @@ class Method(Generic[C]):
     compiles: ClassVar[bool] = False
 
     _points: ClassVar[frozenset[str]] = frozenset()
+    _in_graph: ClassVar[bool] = False
     acts_in: frozenset[str] = frozenset({"prefill", "decode"})
     causality: str = "yes"
     retain: Callable[[AttentionCall], SinkWindow | None] | None = None
@@ -107,8 +108,7 @@ class Method(Generic[C]):
 
     def graph_blocker(self, capacity: int) -> str | None:
         """Why decode steps on a cache of so many slots cannot be part of a graph of torch.compile, or None."""
-        known = self.compiles or (self.positional and self.points() == {"select"})
-        return None if known else "its decode step has no form of fixed shapes"
+        return None if self._in_graph else "its decode step has no form of fixed shapes"
 
     def bias(self, call: AttentionCall) -> Tensor | None:
         """Additive bias on key columns, `[B|1, Hq|1, Lk]`, after soft-capping."""
@@ -137,6 +137,9 @@ class Method(Generic[C]):
         if "config_class" not in cls.__dict__:
             cls.config_class = next((c for c in own if _is_config(c)), cls.config_class)
         cls._points = frozenset(p for p in POINTS if getattr(cls, p) is not getattr(Method, p))
+        step, choice = (next(c for c in cls.__mro__ if name in vars(c)) for name in ("graph_select", "select"))
+        fixed = cls.compiles and cls._points <= {"select", "reweight", "output"} and issubclass(step, choice)
+        cls._in_graph = fixed or (cls.positional and cls._points == {"select"})
 
     @classmethod
     def points(cls) -> frozenset[str]:

@@ -37,7 +37,7 @@ class Columns:
     @property
     def head_logs(self) -> Tensor:
         """The logs `[Hq]` of a `constant` factor."""
-        assert isinstance(self.factor, Tensor)
+        assert isinstance(self.factor, Tensor) and self.constant, "in a graph factors are constant, one per head"
         return self.factor.log().float()
 
     def among(self, at: Tensor) -> Tensor:

@@ -86,13 +86,12 @@ class LayerRuntime:
         unread = not self._chains["prefill"].methods and (raw.cache is None or queries > FEW)
         if self._idle or (queries > 1 and unread):
             return raw.base()
-        if reason := outside(raw, decode, self.key):
-            torch._dynamo.graph_break(msg=f"hfpatch: {reason}")
+        reason = raw.unserved() if decode else ""  # why the step is dense
+        if (reason is None or queries > 1) and (broken := outside(raw, decode, self.key)):
+            torch._dynamo.graph_break(msg=f"hfpatch: {broken}")
             return self._eagerly(raw)
         self.in_graph = True
-        if not decode:
-            return raw.base()
-        if reason := raw.unserved():
+        if reason is not None:
             self.dense_in_graph = reason
             return raw.base()
         at = self.place

@@ -147,7 +147,7 @@ class Dhsa(Method[DhsaConfig]):
         ):
             if value not in known:
                 return f"{name}={value!r} has no form of fixed shapes; {' and '.join(known)} have one"
-        return None
+        return super().graph_blocker(capacity)
 
     def graph_state(
         self, call: AttentionCall, capacity: int, before: Mapping[str, Tensor] | None = None
