@@ -3,6 +3,7 @@
 All go on from one prompt, which is read once but for its last 64 tokens: each variant reads these itself. Before a
 time is shown, a compiled variant has to pick the tokens that the same variant picks as it is, unless rounding
 decided. Then the variants take turns, some tokens in a row. Compiling takes minutes; PyTorch keeps what it compiled.
+On a machine that others use too, with one thread, CPU time says more than the clock. Ctrl-C shows what there is.
 
 python benchmarks/compiled_decode.py FOLDER --dtype bfloat16 --patch quest:min_length=0 --patch streaming:phase=decode
 python benchmarks/compiled_decode.py FOLDER --profile
@@ -35,7 +36,8 @@ class Lane:
         if variant.config is not None:
             patch_model(self.model, variant.config)
         self.name = f"{variant.name}{', compiled' if compiled else ''}"
-        self.cache, self.times = cache, list[float]()
+        self.cache = cache
+        self.times, self.cpu = list[float](), list[float]()
         self.forward = torch.compile(self.model, fullgraph=True, backend=backend) if compiled else self.model
 
     def read(self, ids: Tensor) -> Tensor:
@@ -50,9 +52,10 @@ class Lane:
         """Time `count` steps, after one that is not timed."""
         self.step(token)
         for _ in range(count):
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             self.step(token)
-            self.times.append(1e3 * (time.perf_counter() - start))
+            self.times.append(1e3 * (time.perf_counter() - wall))
+            self.cpu.append(1e3 * (time.process_time() - cpu))
 
 
 def static(model: Any, cache: DynamicCache, slots: int) -> StaticCache:
@@ -127,13 +130,18 @@ def main() -> None:
     ids = torch.randint(10, 1000, (1, args.length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = lanes(model, ids, args)
-        for n in range(args.turns):
-            for lane in found if n % 2 else found[::-1]:
-                lane.run(ids[:, -1:], args.run)
-    for lane in found:
-        low, middle, high = statistics.quantiles(lane.times, n=4)
-        ratio = middle / statistics.median(found[0].times)
-        print(f"{lane.name:>44}: {middle:7.1f} ms per token [{low:.1f}, {high:.1f}], {ratio:.2f} of dense")
+        try:
+            for n in range(args.turns):
+                for lane in found if n % 2 else found[::-1]:
+                    lane.run(ids[:, -1:], args.run)
+        except KeyboardInterrupt:
+            print("stopped early")
+    for what in ("times", "cpu"):
+        print({"times": "ms per token", "cpu": "ms of CPU time per token, of all threads"}[what])
+        for lane in found:
+            low, middle, high = statistics.quantiles(getattr(lane, what), n=4)
+            ratio = middle / statistics.median(getattr(found[0], what))
+            print(f"  {lane.name:>40}: {middle:7.1f} [{low:.1f}, {high:.1f}], {ratio:.2f} of dense")
 
 
 if __name__ == "__main__":
