@@ -50,6 +50,8 @@ class Handle(Drives):
         notes += [f"{what} ({n} calls)" for what, n in seen.items()] + self._warnings
         if any(rt.in_graph for _, rt in self._plan):
             notes.append("steps that torch.compile has put into one graph are not counted")
+        dense = Counter(rt.dense_in_graph for _, rt in self._plan if rt.dense_in_graph)
+        notes += [f"in such a graph {n} layers run dense: {reason}" for reason, n in dense.items()]
         layers = self.plan.survey.num_layers
         return Report(type(self._model).__name__, layers, len(self._plan), lines, self.plan.skipped, notes)
 

@@ -199,3 +199,9 @@ def pad_to(x: Tensor, size: int, dim: int, value: float = 0.0) -> Tensor:
 def tokens_of(budget: int | float, length: int) -> int:
     """A budget in tokens, given the number of visible keys."""
     return budget if isinstance(budget, int) else math.ceil(budget * length)
+
+
+def tokens_within(share: float, length: Tensor) -> Tensor:
+    """`tokens_of` a share for lengths on the device, whole numbers of any shape."""
+    exact = torch.float32 if length.device.type == "mps" else torch.float64
+    return (length.to(exact) * share).ceil().long()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..config.method_config import MethodConfig
 from ..errors import IncompatibleMethodsError
 from .call import AttentionCall
+from .graph_step import GraphKeys, GraphStep
 from .learned import Learned, ModelSizes
 from .reweight import Columns
 from .selection import Selection, SinkWindow
@@ -26,8 +27,9 @@ class Method(Generic[C]):
     prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "q_pre_rope" and "forward"
     (what layers share in a pass). `causality` says what a later token can change for an earlier one: "yes" nothing,
     "tile" which keys the queries of its own block see, "no" anything. `positional` methods give sinks and windows,
-    worked out from sizes alone, and compile into one graph. `retain(call)`, where there is one, names the only keys
-    that the rows of a call will ever look at again; once all rows agree the cache drops the others.
+    worked out from sizes alone, and compile into one graph; others say `compiles` (see `graph_select`).
+    `retain(call)`, where there is one, names the only keys that the rows of a call will ever look at again; once all
+    rows agree the cache drops the others.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
@@ -38,8 +40,10 @@ class Method(Generic[C]):
     stateful: ClassVar[bool] = False
     positional: ClassVar[bool] = False
     trained: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
 
     _points: ClassVar[frozenset[str]] = frozenset()
+    _in_graph: ClassVar[bool] = False
     acts_in: frozenset[str] = frozenset({"prefill", "decode"})
     causality: str = "yes"
     retain: Callable[[AttentionCall], SinkWindow | None] | None = None
@@ -84,6 +88,28 @@ class Method(Generic[C]):
         """Which keys each query attends to; None leaves the layer dense."""
         return None
 
+    def graph_state(
+        self, call: AttentionCall, capacity: int, before: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What decode steps in a graph will need of the keys so far: tensors of fixed sizes with rows first.
+
+        Asked after every call outside of a graph on a static cache of `capacity` slots, for rows that share padding;
+        for a decode step with what there was `before` it, which may be changed in place.
+        """
+        return {}
+
+    def graph_select(self, step: GraphStep) -> GraphKeys | None:
+        """`select` of a decode step in a graph; None where a cache of that capacity leaves every step dense.
+
+        A method that `compiles` has this beside `select`, its `reweight` gives constant factors per head, its
+        `output` looks at the call's tensors alone, and it has no other points.
+        """
+        return None
+
+    def graph_blocker(self, capacity: int) -> str | None:
+        """Why decode steps on a cache of so many slots cannot be part of a graph of torch.compile, or None."""
+        return None if self._in_graph else "its decode step has no form of fixed shapes"
+
     def bias(self, call: AttentionCall) -> Tensor | None:
         """Additive bias on key columns, `[B|1, Hq|1, Lk]`, after soft-capping."""
         return None
@@ -111,6 +137,9 @@ class Method(Generic[C]):
         if "config_class" not in cls.__dict__:
             cls.config_class = next((c for c in own if _is_config(c)), cls.config_class)
         cls._points = frozenset(p for p in POINTS if getattr(cls, p) is not getattr(Method, p))
+        step, choice = (next(c for c in cls.__mro__ if name in vars(c)) for name in ("graph_select", "select"))
+        fixed = cls.compiles and cls._points <= {"select", "reweight", "output"} and issubclass(step, choice)
+        cls._in_graph = fixed or (cls.positional and cls._points == {"select"})
 
     @classmethod
     def points(cls) -> frozenset[str]:

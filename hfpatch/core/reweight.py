@@ -34,6 +34,18 @@ class Columns:
         """Whether this is a positive factor per head that never changes: a bias of its log on the logits."""
         return self.positive and isinstance(self.factor, Tensor) and self.factor.dim() == 1
 
+    @property
+    def head_logs(self) -> Tensor:
+        """The logs `[Hq]` of a `constant` factor."""
+        assert isinstance(self.factor, Tensor) and self.constant, "in a graph factors are constant, one per head"
+        return self.factor.log().float()
+
+    def among(self, at: Tensor) -> Tensor:
+        """Which of the positions `at` are among the columns, a bool of its shape."""
+        if isinstance(self.keys, slice):
+            return (at >= self.keys.start) & (at < self.keys.stop)
+        return torch.isin(at, self.keys)
+
     def log(self, length: int) -> Tensor:
         """The log of a `constant` factor as a bias `[1, Hq, length]`, `[1, 1, length]` where all heads are equal."""
         assert isinstance(self.factor, Tensor)

@@ -62,6 +62,7 @@ class HeadScale(Method[HeadScaleConfig]):
 
     summary = "constant factor per head, 0 to ablate"
     paper = "https://arxiv.org/abs/2404.15574"
+    compiles = True
 
     def __init__(self, config: HeadScaleConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)

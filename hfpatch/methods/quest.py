@@ -11,8 +11,9 @@ from torch import Tensor
 from ..config.common import dense_layers, head_sharing, min_length
 from ..config.method_config import MethodConfig, option
 from ..config.registry import register_method
-from ..core.blocks import choosers, tokens_of
+from ..core.blocks import choosers, tokens_of, tokens_within
 from ..core.call import AttentionCall
+from ..core.graph_step import GraphKeys, GraphStep, gathered
 from ..core.method import Method
 from ..core.selection import BlockMap, Layout, Selection
 
@@ -46,6 +47,7 @@ class Quest(Method[QuestConfig]):
     paper = "https://arxiv.org/abs/2406.10774"
     acts_in = frozenset({"decode"})
     stateful = True
+    compiles = True
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quest-paper": {"dense_layers": 2, "head_sharing": "head"}
     }
@@ -67,9 +69,76 @@ class Quest(Method[QuestConfig]):
         pages.update(call.k)
         bounds = pages.bounds(call.q[:, :, 0], choosers(call.layout, c.head_sharing))
         bounds[..., -1] = torch.inf
-        count = min(max(FEWEST_PAGES, -(-tokens // c.page)), bounds.shape[-1])
+        count = min(self._count(tokens), bounds.shape[-1])
         indices = bounds.topk(count, dim=-1, sorted=False).indices[:, :, None]
         return PageLists(indices, self._counts(count, call.q.device).expand(indices.shape[:3]), 1, c.page)
+
+    def _count(self, tokens: int) -> int:
+        return max(FEWEST_PAGES, -(-tokens // self.config.page))
+
+    def _most(self, capacity: int) -> int | None:
+        """Pages that a step in a graph looks at; None where no step of such a cache chooses.
+
+        As many as are dense below `min_length`: sizes stay the same in a graph.
+        """
+        c = self.config
+        if capacity < c.min_length or (isinstance(c.budget, int) and capacity <= c.budget):
+            return None
+        return min(self._count(max(tokens_of(c.budget, capacity), c.min_length)), -(-capacity // c.page))
+
+    def graph_state(
+        self, call: AttentionCall, capacity: int, before: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Maxima and minima of all pages that the cache has room for, `ends [B, Hkv, n, 2 D]`."""
+        if self._most(capacity) is None:
+            return {}
+        size, n = self.config.page, -(-call.Lk // self.config.page)
+        if before is not None:
+            high, low = before["ends"][:, :, n - 1].chunk(2, -1)
+            torch.aminmax(call.k[:, :, (n - 1) * size :], dim=2, out=(low, high))
+            return dict(before)
+        pages = Pages(size, call.k)
+        pages.update(call.k)
+        ends = call.k.new_zeros(call.B, call.Hkv, -(-capacity // size), 2 * call.k.shape[3])
+        ends[:, :, :n] = pages.ends[:, :, :n]
+        return {"ends": ends}
+
+    @torch.no_grad()
+    def graph_select(self, step: GraphStep) -> GraphKeys | None:
+        c, call, most = self.config, step.call, self._most(step.capacity)
+        if most is None:
+            return None
+        ends, own = step.state["ends"], (step.length - 1) // c.page  # [B|1, 1]
+        self._update(step, ends, own)
+        q = call.q[:, :, 0] if _fast(call.q) else call.q[:, :, 0].float()
+        signed = torch.stack([q.clamp_min(0), q.clamp_max(0)], 2)
+        bounds = upper_bounds(signed, ends, choosers(step.layout, c.head_sharing))
+        page = torch.arange(ends.shape[2], device=ends.device)
+        bounds = bounds.masked_fill((page > own)[:, None], -torch.inf).masked_fill((page == own)[:, None], torch.inf)
+        chosen = bounds.topk(most, dim=-1).indices  # [B, H, most]
+        few, short = self._budget(step.length)[:, None], (step.length < c.min_length)[:, None]
+        listed = (torch.arange(most, device=ends.device) < few) | short  # [B|1, 1, most]
+        at = chosen[..., None] * c.page + torch.arange(c.page, device=ends.device)
+        return GraphKeys(at.flatten(2), listed.expand_as(chosen).repeat_interleave(c.page, 2))
+
+    def _budget(self, length: Tensor) -> Tensor:
+        """Pages `[B|1, 1]` to choose for rows of `length` tokens."""
+        c = self.config
+        if isinstance(c.budget, int):
+            return torch.full_like(length, self._count(c.budget))
+        tokens = tokens_within(c.budget, length)
+        return (-(-tokens // c.page)).clamp_min(FEWEST_PAGES)
+
+    def _update(self, step: GraphStep, ends: Tensor, own: Tensor) -> None:
+        """Take the keys of each row's last page, `own [B|1, 1]`, into `ends`, in place."""
+        k, size = step.call.k, self.config.page
+        own = own.expand(len(k), 1)
+        at = own * size + torch.arange(size, device=k.device)  # [B, page]
+        keys = gathered(k, step.slots(at[:, None]))  # [B, Hkv, page, D]
+        later = (at >= step.length)[:, None, :, None]
+        high, low = keys.masked_fill(later, -torch.inf).amax(2), keys.masked_fill(later, torch.inf).amin(2)
+        rows, heads = (torch.arange(n, device=k.device) for n in k.shape[:2])
+        ends.index_put_((rows[:, None], heads, own), torch.cat([high, low], -1))
 
     def _counts(self, count: int, device: torch.device) -> Tensor:
         """The number on the device; kept, since all layers of a step have the same."""
@@ -78,6 +147,24 @@ class Quest(Method[QuestConfig]):
             with torch.inference_mode(False):  # a later step may be one of training
                 last = self._last = (count, device), torch.full((), count, device=device)
         return last[1]
+
+
+def upper_bounds(signed: Tensor, ends: Tensor, heads: int) -> Tensor:
+    """Bounds `[B, H, n]` of queries' positive and negative parts `signed [B, Hq, 2, D]` by `ends [B, Hkv, n, 2 D]`.
+
+    Added up over the heads that share one of the `heads` choices; in the dtype of `signed`.
+    """
+    kv = ends.shape[1]
+    parts = signed.flatten(2).unflatten(1, (kv, -1))  # [B, Hkv, G, 2 D]
+    if heads <= kv:
+        parts = parts.sum(2, keepdim=True)
+    bounds = (parts @ ends.to(signed.dtype).mT).flatten(1, 2)
+    return bounds if heads >= kv else bounds.sum(1, keepdim=True)
+
+
+def _fast(q: Tensor) -> bool:
+    """Whether products in bfloat16 are fast enough to do without float32: on a GPU."""
+    return q.device.type != "cpu" and q.dtype == torch.bfloat16
 
 
 class PageLists(BlockMap):
@@ -138,19 +225,10 @@ class Pages:
         return k.new_zeros(b, h, n + n // 8 + 8, 2 * d)
 
     def bounds(self, q: Tensor, heads: int | None = None) -> Tensor:
-        """Upper bounds `[B, H, n]` of `q [B, Hq, D]` times any key of each page, added up over heads that share one.
-
-        In float32, or in bfloat16 where keys are and it is fast, on a GPU.
-        """
-        n, kv = -(-self.length // self.size), self.ends.shape[1]
-        fast = q.device.type != "cpu" and q.dtype == torch.bfloat16
-        ends, q = self.ends[:, :, :n], q if fast else q.float()
-        parts = q[:, :, None].clamp(*self._signs(q)).flatten(2).unflatten(1, (kv, -1))  # [B, Hkv, G, 2 D]
-        heads = heads or q.shape[1]
-        if heads <= kv:
-            parts = parts.sum(2, keepdim=True)
-        bounds = (parts @ ends.to(q.dtype).mT).flatten(1, 2)
-        return bounds if heads >= kv else bounds.sum(1, keepdim=True)
+        """Upper bounds `[B, H, n]` of `q [B, Hq, D]` times any key of each page, added up if heads share one."""
+        q = q if _fast(q) else q.float()
+        ends = self.ends[:, :, : -(-self.length // self.size)]
+        return upper_bounds(q[:, :, None].clamp(*self._signs(q)), ends, heads or q.shape[1])
 
     def _signs(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """What of a query meets maxima and what minima: limits `[2, 1]`."""

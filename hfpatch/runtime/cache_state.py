@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache_slot import layers_of
+from .graph_tensors import count_update, drop_graph_states, move_graph_states
 
 State = dict[str, Any]
 Rows = tuple[int, ...]
@@ -83,6 +84,7 @@ def note_fitting(states: dict[Rows, State], rows: Rows, start: int, stop: int) -
 
 def _move(layer: Any, source: list[int]) -> None:
     layer.hfpatch_states = {name: _moved(states, source) for name, states in layer.hfpatch_states.items()}
+    move_graph_states(layer, source)
 
 
 def _reorder(layer: Any, beam_idx: Tensor) -> None:
@@ -99,6 +101,7 @@ def _repeat(layer: Any, repeats: int) -> None:
 
 
 def _crop(layer: Any, *args: Any, **kwargs: Any) -> None:
+    drop_graph_states(layer)
     length = int(layer.get_seq_length())
     for states in layer.hfpatch_states.values():
         for state in states.values():
@@ -112,6 +115,7 @@ def _crop(layer: Any, *args: Any, **kwargs: Any) -> None:
 
 def _reset(layer: Any, *args: Any, **kwargs: Any) -> None:
     layer.hfpatch_states = {}
+    drop_graph_states(layer)
 
 
 def _stay(layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +147,11 @@ def _then(original: Callable[..., None], follow: Callable[..., None]) -> Callabl
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            self.hfpatch_mark = None  # keys that come in a graph are ours, and their version is unknown
+            return original(self, *args, **kwargs)
         check_keys(self)
+        count_update(self)
         out = original(self, *args, **kwargs)
         mark_keys(self)
         return out
@@ -205,14 +213,17 @@ def cache_layer(cache: Any, slot: int | None) -> Any | None:
 def cache_states(cache: Any, slot: int | None, name: str) -> dict[Rows, State]:
     """States called `name` kept with a layer of the cache, by batch rows; a fresh dict without a cache."""
     layer = cache_layer(cache, slot)
-    if layer is None:
-        return {}
+    return {} if layer is None else followed(layer).hfpatch_states.setdefault(name, {})
+
+
+def followed(layer: Any) -> Any:
+    """The layer of a cache, made to take states along."""
     if not hasattr(layer, "hfpatch_states"):
         layer.hfpatch_states = {}
         cls: Any = type(layer)
         layer.__class__ = following(cls)
         mark_keys(layer)
-    return layer.hfpatch_states.setdefault(name, {})
+    return layer
 
 
 def was_lost(cache: Any, slot: int | None) -> bool:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.audit import Audit
@@ -16,8 +17,9 @@ from .attention_source import AttentionSource
 from .cache_state import fit_states, note_fitting, was_lost
 from .calls import Place, routed, steps
 from .chain import Chain
-from .compiled import compiled_step, compiles
+from .compiled import compiled_step, outside
 from .cropping import Cropping
+from .graph_state import leave_for_graphs, leaves_tensors
 from .plans import Plan, execute, planned
 from .raw_call import RawCall, is_compiling
 from .row_slice import RowSlice
@@ -50,12 +52,13 @@ class LayerRuntime:
         self.cropping = Cropping(self.methods)
         self.stats: dict[str, PhaseStats] = {}
         self.notes: Counter[str] = Counter()
-        self.in_graph = False
+        self.in_graph, self.dense_in_graph = False, ""
         prefill, decode = (
             Chain([m for m in self.methods if m.points() and phase in m.acts_in]) for phase in ("prefill", "decode")
         )
         self._chains = {"prefill": prefill, "chunk": prefill, "decode": decode}
         self._idle = not prefill.methods and not decode.methods
+        self._for_graphs = any(map(leaves_tensors, decode.methods))
         self._by_steps = not (decode.stepless and prefill.stepless and decode.methods == prefill.methods)
         self._later = " and ".join(m.name for m in decode.methods if m not in prefill.methods)
 
@@ -71,11 +74,38 @@ class LayerRuntime:
     def run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
         """Attention output `[B, Lq, Hq, Dv]` and weights (None unless the model's own attention gives them)."""
         if is_compiling():
-            if self._idle:
-                return raw.base()
-            if compiles(raw, self._chains["decode"].methods):
-                self.in_graph = True
-                return compiled_step(raw, self._chains["decode"].methods), None
+            return self._in_graph(raw)
+        out = self._run(raw)
+        if self._for_graphs and raw.cache is not None:
+            leave_for_graphs(raw, self._chains["decode"].methods, self.key, self.place)
+        return out
+
+    def _in_graph(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
+        """A call that torch.compile traces: a decode step or nothing to do, else a graph break that says why."""
+        decode, queries = self._chains["decode"].methods, raw.q.shape[2]
+        unread = not self._chains["prefill"].methods and (raw.cache is None or queries > FEW)
+        if self._idle or (queries > 1 and unread):
+            return raw.base()
+        reason = raw.unserved() if decode else ""  # why the step is dense
+        if (reason is None or queries > 1) and (broken := outside(raw, decode, self.key)):
+            torch._dynamo.graph_break(msg=f"hfpatch: {broken}")
+            return self._eagerly(raw)
+        self.in_graph = True
+        if reason is not None:
+            self.dense_in_graph = reason
+            return raw.base()
+        at = self.place
+        call = AttentionCall(
+            at.layer, at.num_layers, "decode", raw.q, raw.k, raw.v, raw.scale, raw.softcap, raw.sinks,
+            rows=tuple(range(raw.q.shape[0])), hidden=raw.context.hidden, module=raw.module,
+        )  # fmt: skip
+        return compiled_step(raw, decode, call, self.key), None
+
+    @torch.compiler.disable
+    def _eagerly(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
+        return self.run(raw)
+
+    def _run(self, raw: RawCall) -> tuple[Tensor, Tensor | None]:
         phase = raw.phase
         several = phase == "chunk" and self._by_steps and raw.q.shape[2] <= FEW
         phase = "decode" if several else phase
@@ -126,14 +156,13 @@ class LayerRuntime:
         return states
 
     def _dense(self, raw: RawCall, phase: str, reason: str | None) -> tuple[Tensor, Tensor | None]:
-        if not is_compiling():
-            stats = self._stats(phase)
-            stats.calls += 1
-            (b, hq, lq, _), lk = raw.q.shape, min(raw.k.shape[2], max(raw.total, raw.q.shape[2]))
-            visible = b * hq * (lq * (lk - lq) + lq * (lq + 1) // 2)
-            stats.add(visible, visible, raw.base_name)
-            if reason is not None:
-                stats.fallbacks[reason] += 1
+        stats = self._stats(phase)
+        stats.calls += 1
+        (b, hq, lq, _), lk = raw.q.shape, min(raw.k.shape[2], max(raw.total, raw.q.shape[2]))
+        visible = b * hq * (lq * (lk - lq) + lq * (lq + 1) // 2)
+        stats.add(visible, visible, raw.base_name)
+        if reason is not None:
+            stats.fallbacks[reason] += 1
         return raw.base()
 
     def _stats(self, phase: str) -> PhaseStats:

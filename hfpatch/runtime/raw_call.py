@@ -54,6 +54,7 @@ class RawCall:
     seat: Seat
     _total: int | None = None
     _slot: int | None = None
+    _groups: list[RowSlice] | str | None = None
     _sought: bool = False
 
     @property
@@ -144,7 +145,7 @@ class RawCall:
 
     def blocker(self) -> str | None:
         """Why this call has to run dense, or None."""
-        return self._unserved_request() or self._unserved_keys()
+        return self.unserved() or self._unserved_keys()
 
     @property
     def forgetful(self) -> str | None:
@@ -153,7 +154,8 @@ class RawCall:
             return None
         return f"a {type(self.cache).__name__} without layers that could carry what is remembered"
 
-    def _unserved_request(self) -> str | None:
+    def unserved(self) -> str | None:
+        """Why a call that asks for such things has to run dense, whatever the keys; or None."""
         kw = self.kwargs
         if self.cache is not None and is_paged(self.cache):
             return "continuous batching, whose cache keeps several sequences in pages"
@@ -215,6 +217,11 @@ class RawCall:
 
     def groups(self) -> list[RowSlice] | str:
         """Rows by the range of their real tokens, or the reason why the mask cannot be read so."""
+        if self._groups is None:
+            self._groups = self._read_groups()
+        return self._groups
+
+    def _read_groups(self) -> list[RowSlice] | str:
         mask = self.mask
         if mask is None:
             return [RowSlice(tuple(range(self.q.shape[0])), 0, self.total)]

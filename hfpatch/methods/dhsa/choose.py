@@ -24,9 +24,13 @@ from ...core.selection import BlockMap, Layout
 class Units(NamedTuple):
     """A `Room` on its device: per query block `[nQ]` where it begins and its recent units, `slots [budget]` of a list.
 
-    `recent` is where in the list the recent units begin, `shift` what turns a slot there into a unit.
+    `recent` is where in the list the recent units begin, `shift` what turns a slot there into a unit. Lists have
+    `budget` of `total` units, the first `sink` of them always; with a `total` of 0 nothing is read on the host.
     """
 
+    sink: int
+    budget: int
+    total: int
     begin: Tensor
     low: Tensor
     recent: Tensor
@@ -61,7 +65,8 @@ class Room:
             low = whole(begin - self.local, align).clamp(min=self.sink)
             high = whole((begin + self.block).clamp(max=self.stop) + (align - 1), align)
             recent = self.budget - high + low
-            return Units(begin, low, recent, low - recent, torch.arange(self.budget, device=self.full.device))
+            slots = torch.arange(self.budget, device=self.full.device)
+            return Units(self.sink, self.budget, self.keys // align, begin, low, recent, low - recent, slots)
 
 
 class Rooms:
@@ -104,51 +109,49 @@ def whole(tokens: Tensor, align: int) -> Tensor:
     return tokens if align == 1 else tokens // align
 
 
-def kept_units(score: Tensor, starts: Tensor, ends: Tensor, room: Room) -> tuple[Tensor, Tensor]:
+def kept_units(score: Tensor, starts: Tensor, ends: Tensor, at: Units) -> tuple[Tensor, Tensor]:
     """How many units of every chunk are kept, and where its candidates begin: `[B, H, nQ, C]`, `[B, 1, nQ, C]`.
 
     `score [B, H, nQ, C]`, `starts`, `ends [B, C]` in units.
     """
-    at = room.units
-    first = starts[:, None, None].clamp(min=room.sink)
+    first = starts[:, None, None].clamp(min=at.sink)
     length = (ends[:, None, None].minimum(at.low[:, None]) - first).clamp_min(0)
     score = score.masked_fill(length == 0, -torch.inf)
-    order, sizes = _best(score, length.expand_as(score), room)
-    left = (at.recent - room.sink)[:, None] - sizes.cumsum(-1) + sizes
+    order, sizes = _best(score, length.expand_as(score), at)
+    left = (at.recent - at.sink)[:, None] - sizes.cumsum(-1) + sizes
     fits = left.clamp_min(0).minimum(sizes)
     return torch.zeros_like(score, dtype=fits.dtype).scatter_(-1, order, fits), first
 
 
-def _best(score: Tensor, length: Tensor, room: Room) -> tuple[Tensor, Tensor]:
+def _best(score: Tensor, length: Tensor, at: Units) -> tuple[Tensor, Tensor]:
     """Chunks in order of `score [B, H, nQ, C]`, as many as fill the budget, with their lengths.
 
     Twice as many as chunks of average length would take; only where that falls short all are sorted. On a GPU, which
     would be waited for to see that, all are.
     """
     count = score.shape[-1]
-    some = 2 * count * room.budget // max(1, room.keys // room.align) + 16
+    some = 2 * count * at.budget // max(1, at.total) + 16
     if some < count and score.device.type == "cpu":
         order = score.topk(some, dim=-1).indices
         sizes = length.gather(-1, order)
-        if bool((sizes.sum(-1) >= room.units.recent - room.sink).all()):
+        if bool((sizes.sum(-1) >= at.recent - at.sink).all()):
             return order, sizes
     order = score.argsort(dim=-1, descending=True, stable=True)
     return order, length.gather(-1, order)
 
 
-def list_units(kept: Tensor, first: Tensor, room: Room) -> Tensor:
+def list_units(kept: Tensor, first: Tensor, at: Units) -> Tensor:
     """Unit lists `[B, H, nQ, budget]`, sorted, from the units kept of every chunk.
 
     A run that begins at unit u and at slot t of the list adds u - t to the slot number; that shift never falls
     along the list, so one running maximum fills it in. Chunks of which nothing is kept write to a slot of no list.
     """
     b, h, n, _ = kept.shape
-    slot = kept.cumsum(-1) - kept + room.sink
+    slot = kept.cumsum(-1) - kept + at.sink
     shift = first - slot
-    slot = slot.masked_fill_(kept == 0, room.budget)
-    lists = kept.new_zeros(b, h, n, room.budget + 1)
+    slot = slot.masked_fill_(kept == 0, at.budget)
+    lists = kept.new_zeros(b, h, n, at.budget + 1)
     lists.scatter_(-1, slot, shift)
-    at = room.units
     lists.scatter_(-1, at.recent[:, None].expand(b, h, n, 1), at.shift[:, None].expand(b, h, n, 1))
     lists = lists[..., :-1].cummax(-1).values
     return lists + at.slots
@@ -159,8 +162,9 @@ def choose(score: Tensor, starts: Tensor, ends: Tensor, room: Room) -> Tensor:
 
     `score [B, H, nQ, C]`, `starts`, `ends [B, C]` in tokens.
     """
-    kept, first = kept_units(score, whole(starts, room.align), whole(ends, room.align), room)
-    return list_units(kept, first, room).int()
+    at = room.units
+    kept, first = kept_units(score, whole(starts, room.align), whole(ends, room.align), at)
+    return list_units(kept, first, at).int()
 
 
 def token_lists(lists: Tensor, room: Room) -> TokenLists:

@@ -93,11 +93,16 @@ class DhsaConfig(MethodConfig):
     def _around(self) -> int:
         return self.sink + self.local + (3 * self.align if self.align > 1 else 0)
 
+    @property
+    def least_in_decode(self) -> int:
+        """Tokens that a decode step sees whatever its share."""
+        return self.least if self.decode_budget is None else self._around + 1
+
     def units(self, keys: int, decode: bool = False) -> int:
         """Budget in units of `align` tokens for a call with `keys` keys, a decode step or not."""
         budget, least = self.budget, self.least
         if decode and self.decode_budget is not None:
-            budget, least = self.decode_budget, self._around + 1
+            budget, least = self.decode_budget, self.least_in_decode
         wanted = budget if isinstance(budget, int) else max(least, math.ceil(budget * keys))
         return -(-wanted // self.align)
 

@@ -1,6 +1,8 @@
 """Dynamic hierarchical sparse attention: learned or found chunk boundaries, a token budget per query block."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from ...config.registry import register_method
 from ...core.call import AttentionCall
+from ...core.graph_step import GraphKeys, GraphStep
 from ...core.learned import Learned, ModelSizes
 from ...core.method import Method
 from ...core.selection import Causal, Rows, Selection
@@ -18,6 +21,7 @@ from .choose import Room, Rooms, choose, token_lists
 from .config import DhsaConfig
 from .finder import Finder
 from .fused import Scores
+from .graph import chosen_keys, chunk_lists
 from .predictor import BoundaryPredictor, load_predictor
 from .rotary import Rotary
 from .score import Chunks, pool_queries, score_by_queries, score_chunks
@@ -42,6 +46,7 @@ class Dhsa(Method[DhsaConfig]):
     summary = "variable key chunks, token budget per query block"
     paper = "https://arxiv.org/abs/2510.24606"
     stateful = True
+    compiles = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dhsa-paper": {
             "boundaries": "predictor", "threshold": 1.1, "head_sharing": "all", "score": "mean", "sink": 128,
@@ -59,6 +64,7 @@ class Dhsa(Method[DhsaConfig]):
         self.rotary = Rotary()
         self.needs = frozenset({"forward"} if config.layer_sharing != "none" else ())
         self.sharing = LayerSharing(config.layer_sharing)
+        self._settings = json.dumps(asdict(config))
         self._rooms = Rooms(config.sink, config.local, config.align)
         self._chunks: dict[int, tuple[Tensor, int]] = {}  # layer: chunks cut last, tokens in them
 
@@ -129,6 +135,38 @@ class Dhsa(Method[DhsaConfig]):
         parts: list[tuple[int, Selection]] = [(dense, Causal()), (stop, lists), (call.Lq, Causal())]
         parts = parts[0 if dense else 1 : 3 if stop < call.Lq else 2]
         return lists if len(parts) == 1 else Rows(parts)
+
+    def graph_blocker(self, capacity: int) -> str | None:
+        """Chunks are ranked by the step's own query, between boundaries that need no other."""
+        c = self.config
+        if capacity < c.sparse_decode_from:
+            return None
+        for name, value, known in (
+            ("score", c.score, ("queries",)),
+            ("boundaries", c.boundaries, ("novelty", "fixed")),
+            ("layer_sharing", c.layer_sharing, ("none",)),
+        ):
+            if value not in known:
+                return f"{name}={value!r} has no form of fixed shapes; {' and '.join(known)} have one"
+        return super().graph_blocker(capacity)
+
+    def graph_state(
+        self, call: AttentionCall, capacity: int, before: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Where the chunks of the keys so far begin."""
+        if capacity < self.config.sparse_decode_from or self.graph_blocker(capacity):
+            return {}
+        table = call.state.get(KEY)
+        if before is not None and (table is None or table.listed == table.closed):
+            return dict(before)
+        if table is None or table.closed > call.Lk:
+            table = ChunkTable.empty(call.k, self.rotary)
+        table.listed = table.closed
+        return chunk_lists(table, self.config, capacity)
+
+    @torch.no_grad()
+    def graph_select(self, step: GraphStep) -> GraphKeys | None:
+        return chosen_keys(step, self.config, self._settings)
 
     def _lists(self, call: AttentionCall, table: ChunkTable, room: Room, start: int, stop: int) -> Tensor:
         """Unit lists `[B, H, nQ, budget]` of the query blocks between queries `start` and `stop`."""

@@ -76,6 +76,7 @@ class ChunkTable:
     the keys and variances per rotary plane, in the keys' dtype, of the M chunks up to token `measured`, the open
     chunk's last. `open [B, Hkv, 2 D]` are float32 sums of the open chunk's keys and their squares up to token `added`.
     `closings` tell how chunks were closed: how many keys there were, up to which token, columns of `starts` before.
+    `listed` is what `closed` was when the chunks were last written out for steps in a graph.
     """
 
     starts: Tensor
@@ -87,6 +88,7 @@ class ChunkTable:
     measured: int = 0
     added: int = 0
     closings: tuple[tuple[int, int, int], ...] = ()
+    listed: int = -1
 
     @classmethod
     def empty(cls, k: Tensor, rotary: Rotary = ALL) -> ChunkTable:

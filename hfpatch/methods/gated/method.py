@@ -60,6 +60,7 @@ class Gated(Method[GatedConfig]):
     summary = "query-dependent gates on head outputs"
     paper = "https://arxiv.org/abs/2505.06708"
     trained = True
+    compiles = True
 
     def __init__(self, config: GatedConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
