@@ -1,0 +1,160 @@
+"""What every method that drops keys must keep: logits of a whole cache under a mask, rows as alone, positions, bytes."""
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from eviction_helpers import SMALL, kept_layers, oracle, recorded, stored, told
+from eviction_helpers import toys as toys
+from test_invariants import assert_close, built
+from transformers import DynamicCache
+
+from hfpatch import patched
+
+pytestmark = pytest.mark.usefixtures("toys")
+CASES: dict[str, dict[str, Any]] = {
+    "toy-keep": {**SMALL, "budget": 9, "evict": "both"},
+    "snapkv": {**SMALL, "budget": 12, "evict": "both", "kernel": 3},
+    "keydiff": {**SMALL, "budget": 12, "layers_budget": "pyramid"},
+}
+FAST = ("llama", "gemma2", "gpt_oss", "deepseek_v3", "gpt2", "qwen2_vl")
+LENGTHS, END = [40, 26, 6], 60
+CUTS = [0, 40, 41, 42, 43, 44, 45, 46, 49, 50, 51, 58, 59, END]
+
+
+def pairs() -> pytest.MarkDecorator:
+    found = [
+        pytest.param(tiny, case, id=f"{tiny.name}-{case}", marks=() if tiny.name in FAST else pytest.mark.slow)
+        for tiny in zoo.SUPPORTED.values()
+        for case in CASES
+        if not tiny.all_sliding and not tiny.hybrid
+    ]
+    return pytest.mark.parametrize("tiny,case", found)
+
+
+def batch_of(model: Any) -> tuple[Any, Any, Any]:
+    """Token ids of three rows, the first `LENGTHS` of which are prompts padded at the left; and their mask."""
+    ids = zoo.prompt(model, 3, END)
+    batch, mask = zoo.left_pad(ids, LENGTHS)
+    later = ids[:, : END - max(LENGTHS)]
+    return ids, torch.cat([batch, later], 1), torch.cat([mask, torch.ones_like(later)], 1)
+
+
+@pairs()
+def test_equals_a_whole_cache_under_its_mask(tiny: zoo.TinyModel, case: str) -> None:
+    model = built(tiny.name)
+    _, batch, mask = batch_of(model)
+    with recorded(model, case, **CASES[case]) as (patch, log):
+        got, cache = told(model, batch, CUTS, mask)
+        assert not patch.report().fallbacks()
+        layers = patch.layers
+    dense, whole = told(model, batch, CUTS[:2], mask)
+    real = mask[:, :40].bool()
+    assert torch.equal(got[:, :40][real], dense[real]), "the call that drops keys is dense itself"
+    assert len(log) == len({rows for _, rows in log}) * len(layers)
+    assert max(len(events) for events in log.values()) > 1, "decode steps drop keys too"
+    with oracle(model, log, layers):
+        want, whole = told(model, batch, CUTS, mask)
+    real = mask.bool()
+    assert_close("logits", got[real], want[real])
+    assert set(kept_layers(cache)) == set(layers)
+    for small, large in zip(cache.layers, whole.layers, strict=True):
+        assert small.get_seq_length() == large.get_seq_length() == END
+        assert cache.get_mask_sizes(3, 0) == whole.get_mask_sizes(3, 0) if zoo.RELEASE > (5, 4) else True
+
+
+@pairs()
+def test_padded_rows_keep_what_they_keep_alone(tiny: zoo.TinyModel, case: str) -> None:
+    model = built(tiny.name)
+    _, batch, mask = batch_of(model)
+    with recorded(model, case, **CASES[case]) as (_, log):
+        together, _ = told(model, batch, CUTS, mask)
+    for row in (1, 2):
+        start = 40 - LENGTHS[row]
+        with recorded(model, case, **CASES[case]) as (_, own):
+            alone, _ = told(model, batch[row : row + 1, start:], [0, *(n - start for n in CUTS[1:])])
+        assert_close(f"row {row}", together[row, start:], alone[0])
+        for (layer, _), events in own.items():
+            for (at, kept), (same, other) in zip(events, log[layer, (row,)], strict=True):
+                assert at == same and torch.equal(kept, other)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_that_of_budget_and_interval(case: str) -> None:
+    model = built("deepseek_v3" if case == "keydiff" else "llama")
+    ids = zoo.prompt(model, 2, END)
+    settings = {**CASES[case], "layers_budget": "uniform"}
+    with patched(model, case, **settings):
+        _, cache = told(model, ids, CUTS[:2])
+        for n, layer in kept_layers(cache).items():
+            own = settings["budget"] + (2 * n if case == "toy-keep" else 0)
+            rows, heads, keys, size = layer.keys.shape
+            assert keys == own
+            room = own + settings["interval"]
+            assert stored(layer) == rows * heads * room * (size + layer.values.shape[3]) * layer.keys.element_size()
+            before = stored(layer), layer.keys.data_ptr()
+        told(model, ids, CUTS[1:5], cache=cache)
+        assert (stored(layer), layer.keys.data_ptr()) == before, "new keys go into the room there is"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_budget_that_is_not_exceeded_changes_nothing(case: str) -> None:
+    model = built("llama")
+    ids = zoo.prompt(model, 2, END)
+    want, _ = told(model, ids, CUTS)
+    for budget in (END, 1.0):
+        with patched(model, case, **{**CASES[case], "budget": budget}):
+            got, cache = told(model, ids, CUTS)
+        assert not kept_layers(cache)
+        assert_close("logits", got, want)
+
+
+@pytest.mark.parametrize("name", [n for n in FAST if n in zoo.SUPPORTED])
+def test_streaming_drops_what_no_query_sees(name: str) -> None:
+    model = built(name)
+    ids = zoo.prompt(model, 2, END)
+    cuts = [0, 6, 12, 18, 40, 41, 42, 47, 59, END]
+    with patched(model, "streaming", sink=2, window=8):
+        want, _ = told(model, ids, cuts)
+    with patched(model, "streaming", sink=2, window=8, crop_cache=True) as patch:
+        _, cache = told(model, ids, cuts[:3])
+        assert all(layer.keys.shape[2] == 9 for layer in kept_layers(cache).values()), "a prompt in chunks"
+        got, cache = told(model, ids, cuts)
+        assert not patch.report().fallbacks()
+    assert_close("logits", got, want)
+    assert set(kept_layers(cache)) == set(patch.layers) and cache.get_seq_length(patch.layers[0]) == END
+    assert all(layer.keys.shape[2] == 9 for layer in kept_layers(cache).values())
+
+
+def test_a_kept_suffix_is_the_suffix_alone() -> None:
+    """With relative positions and one layer, a window without sinks gives what the last tokens give by themselves."""
+    config = {**zoo.SUPPORTED["llama"].config, "num_hidden_layers": 1}
+    model = zoo.TinyModel("one", "LlamaForCausalLM", "LlamaConfig", config, gqa=4).build()
+    ids = zoo.prompt(model, 1, END)
+    with patched(model, "streaming", sink=0, window=8, crop_cache=True):
+        got, _ = told(model, ids, CUTS)
+    for n in (39, 45, 53, END - 1):
+        with torch.no_grad():
+            want = model(ids[:, n - 7 : n + 1]).logits[:, -1]
+        assert_close(f"query {n}", got[:, n], want)
+
+
+@pytest.mark.parametrize("case", ["toy-keep", "keydiff"])
+def test_a_prompt_in_chunks_is_never_held_whole(case: str) -> None:
+    model = built("llama")
+    ids = zoo.prompt(model, 2, END)
+    settings = {**CASES[case], "layers_budget": "uniform"}
+    with recorded(model, case, **settings) as (patch, log):
+        cuts = [*range(0, END, 10), END]
+        cache = DynamicCache(config=model.config)
+        got, largest = [], 0
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            part, _ = told(model, ids, [a, b], cache=cache)
+            got.append(part)
+            largest = max(largest, *(layer.keys.shape[2] for layer in cache.layers))
+        layers = patch.layers
+    assert largest <= settings["budget"] + 4
+    with oracle(model, log, layers):
+        want, _ = told(model, ids, cuts)
+    assert_close("logits", torch.cat(got, 1), want)
