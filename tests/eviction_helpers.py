@@ -1,5 +1,6 @@
 """What the tests of dropped keys share: a method with sets of its own, and the oracle: a whole cache under a mask."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,11 +107,13 @@ def oracle(model: Any, log: Log, layers: Any) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def told(model: Any, ids: Tensor, cuts: list[int], mask: Tensor | None = None, cache: Any = None) -> tuple[Tensor, Any]:
+def told(
+    model: Any, ids: Tensor, cuts: list[int], mask: Tensor | None = None, cache: Any = None
+) -> tuple[Tensor, Any]:
     """Logits of the tokens from `cuts[0]` on, read in calls that end at the other cuts, and the cache."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     parts = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         more: dict[str, Any] = {}
         if mask is not None:
             at = zoo.positions(mask)[:, a:b]

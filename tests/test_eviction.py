@@ -1,5 +1,6 @@
-"""What every method that drops keys must keep: logits of a whole cache under a mask, rows as alone, positions, bytes."""
+"""What every method that drops keys must keep: logits of a whole cache under a mask, rows as alone, bytes."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,20 +8,27 @@ import torch
 import zoo
 from eviction_helpers import SMALL, kept_layers, oracle, recorded, stored, told
 from eviction_helpers import toys as toys
+from methods_list import EVICTING
 from test_invariants import assert_close, built
 from transformers import DynamicCache
 
-from hfpatch import patched
+from hfpatch import list_methods, patched
+from hfpatch.config.registry import get_method
+from hfpatch.core.evicting import Evicting
 
 pytestmark = pytest.mark.usefixtures("toys")
 CASES: dict[str, dict[str, Any]] = {
     "toy-keep": {**SMALL, "budget": 9, "evict": "both"},
-    "snapkv": {**SMALL, "budget": 12, "evict": "both", "kernel": 3},
-    "keydiff": {**SMALL, "budget": 12, "layers_budget": "pyramid"},
+    **{str(case): case.settings for case in EVICTING},
 }
 FAST = ("llama", "gemma2", "gpt_oss", "deepseek_v3", "gpt2", "qwen2_vl")
 LENGTHS, END = [40, 26, 6], 60
 CUTS = [0, 40, 41, 42, 43, 44, 45, 46, 49, 50, 51, 58, 59, END]
+
+
+def test_every_method_that_drops_keys_is_here() -> None:
+    found = {n for n in list_methods() if issubclass(get_method(n), Evicting) and not n.startswith("toy")}
+    assert found == {case.name for case in EVICTING}
 
 
 def pairs() -> pytest.MarkDecorator:
@@ -149,7 +157,7 @@ def test_a_prompt_in_chunks_is_never_held_whole(case: str) -> None:
         cuts = [*range(0, END, 10), END]
         cache = DynamicCache(config=model.config)
         got, largest = [], 0
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in itertools.pairwise(cuts):
             part, _ = told(model, ids, [a, b], cache=cache)
             got.append(part)
             largest = max(largest, *(layer.keys.shape[2] for layer in cache.layers))

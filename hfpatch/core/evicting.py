@@ -15,6 +15,8 @@ from .call import AttentionCall
 from .method import Method
 from .places import Places, best_places, pyramid
 
+FEWEST_SLOTS = 128  # what a long `interval` gets at least; more as it fills
+
 
 @dataclass(kw_only=True)
 class KeepConfig(MethodConfig):
@@ -88,7 +90,8 @@ class Evicting(Method[K]):
         c, budget = self.config, self.budget(call)
         if not self._due(call, budget):
             return None
-        return Places(best_places(self.scores(call), budget, c.sink, c.window), c.window, c.interval)
+        room = min(c.interval, max(budget, FEWEST_SLOTS))
+        return Places(best_places(self.scores(call), budget, c.sink, c.window), c.window, room)
 
 
 def check_own_keys(model: Any, name: str) -> None:

@@ -62,10 +62,11 @@ class SnapKV(Evicting[SnapKVConfig]):
             kv = slice(first, first + step)
             parts.append(self._received(call, q, kv, slice(first * groups, (first + step) * groups)))
         received = torch.cat(parts, 1)[..., : call.Lk - c.window]  # [B, Hq, n]
+        reach = min(c.kernel // 2, received.shape[-1])
         if c.pooling == "max":
-            pooled = max_pool1d(received, c.kernel, 1, c.kernel // 2)
+            pooled = max_pool1d(received, 2 * reach + 1, 1, reach)
         else:
-            pooled = avg_pool1d(received, c.kernel, 1, c.kernel // 2, count_include_pad=False)
+            pooled = avg_pool1d(received, 2 * reach + 1, 1, reach, count_include_pad=False)
         return pooled.unflatten(1, (call.Hc, -1)).mean(2)
 
     def _received(self, call: AttentionCall, q: Tensor, kv: slice, heads: slice) -> Tensor:
