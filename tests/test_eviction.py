@@ -166,3 +166,20 @@ def test_a_prompt_in_chunks_is_never_held_whole(case: str) -> None:
     with oracle(model, log, layers):
         want, _ = told(model, ids, cuts)
     assert_close("logits", torch.cat(got, 1), want)
+
+
+def test_the_report_says_what_was_kept_and_when_nothing_was() -> None:
+    model = built("llama")
+    ids = zoo.prompt(model, 2, END)
+    with patched(model, "keydiff", **{**CASES["keydiff"], "layers_budget": "uniform"}) as patch:
+        assert "keydiff" not in "".join(patch.report().notes)
+        told(model, ids, CUTS[:2])
+        assert patch.report().notes == ["keydiff: the last cache holds 30.0% of 40 tokens' keys"]
+        told(model, ids, [0, 11])
+        assert patch.report().notes == ["keydiff has dropped NOTHING: the last cache holds the keys of all 11 tokens"]
+    with patched(model, "toy-keep", **CASES["toy-keep"]) as patch:
+        told(model, ids, CUTS[:2])
+        assert patch.report().notes[0].endswith("keys (0: 22.5%, 1: 27.5%, 2: 32.5%)")
+    with patched(model, "streaming", sink=2, window=7, crop_cache=True) as patch:
+        told(model, ids, CUTS[:2])
+        assert patch.report().notes == ["streaming: the last cache holds 20.0% of 40 tokens' keys"]

@@ -71,12 +71,12 @@ class Evicting(Method[K]):
 
     def budget(self, call: AttentionCall) -> int:
         """Keys per head that the layer of a call keeps."""
-        c = self.config
+        c, always = self.config, self.config.sink + self.config.window
         tokens = tokens_of(c.budget, call.seen)
         if c.layers_budget == "pyramid" and call.layer in self._layers:
             at = self._layers.index(call.layer)
-            tokens = pyramid(tokens, c.window, call.seen, at, len(self._layers))
-        return max(tokens, c.sink + c.window)
+            tokens = pyramid(tokens, always, call.seen, at, len(self._layers))
+        return max(tokens, always)
 
     def _due(self, call: AttentionCall, budget: int) -> bool:
         c = self.config

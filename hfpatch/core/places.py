@@ -32,13 +32,16 @@ def best_places(scores: Tensor, count: int, sink: int, window: int) -> Tensor:
     return torch.cat([first, best, last], dim=-1)
 
 
-def pyramid(budget: int, window: int, length: int, place: int, layers: int) -> int:
-    """Tokens for layer `place` of `layers`: many in the first, few in the last, `budget` on average (PyramidKV)."""
-    mean = budget - window
-    low, room = mean // 20, length - window
+def pyramid(budget: int, always: int, length: int, place: int, layers: int) -> int:
+    """Tokens for layer `place` of `layers`: many in the first, few in the last, `budget` on average (PyramidKV).
+
+    Of these `always` are kept anyway; no layer gets more than `length`.
+    """
+    mean = budget - always
+    low, room = mean // 20, length - always
     high = 2 * mean - low
     if high > room:
         low, high = 2 * mean - room, room
     if layers < 2 or not 0 <= low <= high:
         return budget
-    return round(high - place * (high - low) / (layers - 1)) + window
+    return round(high - place * (high - low) / (layers - 1)) + always

@@ -1,6 +1,6 @@
 """Caches that drop keys: before a call, when it begins, and after it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Cropping:
     def __init__(self, methods: Sequence[Method]) -> None:
         self.method = next((m for m in methods if m.retain is not None), None)
         self.retain = None if self.method is None else self.method.retain
+        self.held: tuple[int, int] | None = None  # keys per head in the last cache, and tokens it had seen
 
     def before(self, cache: Any, layer_idx: int | None) -> None:
         """Announce a call to a layer that has dropped keys, which serves no others."""
@@ -52,9 +53,15 @@ class Cropping:
 
     def after(self, raw: RawCall, calls: Calls, groups: Sequence[RowSlice]) -> None:
         """Let the cache drop what the method does not keep. Raises CacheError where it cannot."""
-        if self.retain is None or self.method is None or raw.cache is None or (raw.kept and raw.kept.rule):
+        if self.retain is None or raw.cache is None:
             return
-        check_croppable(raw.cache, raw.slot, getattr(raw.module, "layer_idx", None))
+        if not (raw.kept and raw.kept.rule):
+            check_croppable(raw.cache, raw.slot, getattr(raw.module, "layer_idx", None))
+            self._drop(raw, calls, groups)
+        self.held = cache_layer(raw.cache, raw.slot).keys.shape[2], raw.total  # type: ignore[union-attr]
+
+    def _drop(self, raw: RawCall, calls: Calls, groups: Sequence[RowSlice]) -> None:
+        assert self.retain is not None and self.method is not None
         asked = {row for _, tokens in calls for row in tokens.rows}
         others = [g for g in groups if g.length and not set(g.rows) <= asked]
         if others or not calls or any(tokens.stop < raw.total for _, tokens in calls):
@@ -67,6 +74,29 @@ class Cropping:
             _keep_places(raw, calls, self.method.name, answers)
         elif isinstance(found[0], SinkWindow) and all(a == found[0] for a in answers):
             _keep_window(raw, calls, self.method.name, found[0])
+
+
+def kept_notes(layers: Iterable[tuple[int, Cropping]]) -> list[str]:
+    """What the report says of methods that drop keys: the share that the last cache held, by layer."""
+    shares: dict[str, dict[int, float]] = {}
+    tokens: dict[str, int] = {}
+    for layer, cropping in layers:
+        if cropping.method is not None and cropping.held is not None:
+            name, (held, seen) = cropping.method.name, cropping.held
+            shares.setdefault(name, {})[layer] = held / seen
+            tokens[name] = seen
+    notes = []
+    for name, by_layer in shares.items():
+        found = set(by_layer.values())
+        if found == {1.0}:
+            notes.append(f"{name} has dropped NOTHING: the last cache holds the keys of all {tokens[name]} tokens")
+            continue
+        each = ", ".join(f"{n}: {share:.1%}" for n, share in by_layer.items()) if len(found) > 1 else ""
+        mean = sum(by_layer.values()) / len(by_layer)
+        notes.append(
+            f"{name}: the last cache holds {mean:.1%} of {tokens[name]} tokens' keys" + (each and f" ({each})")
+        )
+    return notes
 
 
 def _starts(raw: RawCall, calls: Calls) -> list[int | None]:

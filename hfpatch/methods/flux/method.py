@@ -76,11 +76,11 @@ class Flux(Method[FluxConfig]):
                 f"flux cannot route to {config.sparse!r}; `sparse` needs a selecting method."
             )
         self.child = child_class(child_config)
-        check_compatible([self, self.child])
         if self.child.retain is not None:
             raise ConfigError(
                 f"flux: {config.sparse!r} drops keys for itself; have flux do it with its own crop_cache."
             )
+        check_compatible([self, self.child])
         self.retain = self._retain if config.crop_cache else None
         self.keeps_first = isinstance(self.child, Streaming) and self.child.config.sink > 0
         if config.crop_cache and not self._sees_a_window():
