@@ -12,7 +12,7 @@ from methods_list import EVICTING
 from test_invariants import assert_close, built
 from transformers import DynamicCache
 
-from hfpatch import list_methods, patched
+from hfpatch import CacheError, list_methods, patched
 from hfpatch.config.registry import get_method
 from hfpatch.core.evicting import Evicting
 
@@ -36,9 +36,14 @@ def pairs() -> pytest.MarkDecorator:
         pytest.param(tiny, case, id=f"{tiny.name}-{case}", marks=() if tiny.name in FAST else pytest.mark.slow)
         for tiny in zoo.SUPPORTED.values()
         for case in CASES
-        if not tiny.all_sliding and not tiny.hybrid
+        if not tiny.all_sliding and tiny.name != "falcon_h1"
     ]
     return pytest.mark.parametrize("tiny,case", found)
+
+
+def cuts_of(tiny: zoo.TinyModel) -> list[int]:
+    """Where calls end; hybrid models take single tokens alone after a prompt."""
+    return [0, *range(40, END + 1)] if tiny.hybrid else CUTS
 
 
 def batch_of(model: Any) -> tuple[Any, Any, Any]:
@@ -54,7 +59,7 @@ def test_equals_a_whole_cache_under_its_mask(tiny: zoo.TinyModel, case: str) -> 
     model = built(tiny.name)
     _, batch, mask = batch_of(model)
     with recorded(model, case, **CASES[case]) as (patch, log):
-        got, cache = told(model, batch, CUTS, mask)
+        got, cache = told(model, batch, cuts_of(tiny), mask)
         assert not patch.report().fallbacks()
         layers = patch.layers
     dense, whole = told(model, batch, CUTS[:2], mask)
@@ -63,29 +68,37 @@ def test_equals_a_whole_cache_under_its_mask(tiny: zoo.TinyModel, case: str) -> 
     assert len(log) == len({rows for _, rows in log}) * len(layers)
     assert max(len(events) for events in log.values()) > 1, "decode steps drop keys too"
     with oracle(model, log, layers):
-        want, whole = told(model, batch, CUTS, mask)
+        want, whole = told(model, batch, cuts_of(tiny), mask)
     real = mask.bool()
     assert_close("logits", got[real], want[real])
     assert set(kept_layers(cache)) == set(layers)
-    for small, large in zip(cache.layers, whole.layers, strict=True):
+    for small, large in ((cache.layers[n], whole.layers[n]) for n in layers):
         assert small.get_seq_length() == large.get_seq_length() == END
         assert cache.get_mask_sizes(3, 0) == whole.get_mask_sizes(3, 0) if zoo.RELEASE > (5, 4) else True
 
 
-@pairs()
-def test_padded_rows_keep_what_they_keep_alone(tiny: zoo.TinyModel, case: str) -> None:
-    model = built(tiny.name)
+def check_rows(model: Any, case: str, cuts: list[int]) -> None:
     _, batch, mask = batch_of(model)
     with recorded(model, case, **CASES[case]) as (_, log):
-        together, _ = told(model, batch, CUTS, mask)
+        together, _ = told(model, batch, cuts, mask)
     for row in (1, 2):
         start = 40 - LENGTHS[row]
         with recorded(model, case, **CASES[case]) as (_, own):
-            alone, _ = told(model, batch[row : row + 1, start:], [0, *(n - start for n in CUTS[1:])])
+            alone, _ = told(model, batch[row : row + 1, start:], [0, *(n - start for n in cuts[1:])])
         assert_close(f"row {row}", together[row, start:], alone[0])
         for (layer, _), events in own.items():
             for (at, kept), (same, other) in zip(events, log[layer, (row,)], strict=True):
                 assert at == same and torch.equal(kept, other)
+
+
+@pairs()
+def test_padded_rows_keep_what_they_keep_alone(tiny: zoo.TinyModel, case: str) -> None:
+    check_rows(built(tiny.name), case, cuts_of(tiny))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_drop_keys_at_other_steps_leave_each_other_alone(case: str) -> None:
+    check_rows(built("llama"), case, [0, *range(40, END + 1)])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,3 +196,10 @@ def test_the_report_says_what_was_kept_and_when_nothing_was() -> None:
     with patched(model, "streaming", sink=2, window=7, crop_cache=True) as patch:
         told(model, ids, CUTS[:2])
         assert patch.report().notes == ["streaming: the last cache holds 20.0% of 40 tokens' keys"]
+
+
+@pytest.mark.skipif("falcon_h1" not in zoo.SUPPORTED, reason="this release does not have the model")
+def test_a_layer_that_holds_more_than_keys_is_refused() -> None:
+    model = built("falcon_h1")
+    with patched(model, "toy-keep", **CASES["toy-keep"]), pytest.raises(CacheError, match="with a DynamicCache"):
+        told(model, zoo.prompt(model, 1, END), CUTS[:2])

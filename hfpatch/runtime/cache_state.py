@@ -81,10 +81,10 @@ def note_fitting(states: dict[Rows, State], rows: Rows, start: int, stop: int) -
             state[FITS] = (start, stop)
 
 
-def forget_keys(layer: Any) -> None:
-    """Drop what was worked out from the keys of a layer, which lie in other places now."""
+def forget_keys(layer: Any, rows: set[int]) -> None:
+    """Drop what was worked out from the keys of some rows of a layer, which lie in other places now."""
     for states in layer.hfpatch_states.values():
-        for state in states.values():
+        for state in (state for own, state in states.items() if rows & set(own)):
             for name in [n for n, value in state.items() if hasattr(value, "crop")]:
                 del state[name]
 

@@ -148,7 +148,7 @@ def _keep_places(raw: RawCall, calls: Calls, method: str, answers: Sequence[Any]
         return x.gather(2, taken[..., None].expand(-1, -1, -1, x.shape[-1]))
 
     become_kept(layer, kept, pick, max(a.room for a in known))
-    forget_keys(layer)
+    forget_keys(layer, {row for answer, _, tokens in both if answer is not None for row in tokens.rows})
 
 
 def _checked(answer: Places, call: AttentionCall, heads: int, method: str) -> int:
