@@ -8,11 +8,11 @@ import torch
 import zoo
 from eviction_helpers import SMALL, kept_layers, oracle, recorded, stored, told
 from eviction_helpers import toys as toys
-from methods_list import EVICTING
+from methods_list import EVICTING, MethodCase
 from test_invariants import assert_close, built
 from transformers import DynamicCache
 
-from hfpatch import CacheError, list_methods, patched
+from hfpatch import CacheError, UnsupportedModelError, list_methods, patch_model, patched
 from hfpatch.config.registry import get_method
 from hfpatch.core.evicting import Evicting
 
@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "toy-keep": {**SMALL, "budget": 9, "evict": "both"},
     **{str(case): case.settings for case in EVICTING},
 }
+REFUSED = {"toy-keep": (), **{str(case): case.refused for case in EVICTING}}
 FAST = ("llama", "gemma2", "gpt_oss", "deepseek_v3", "gpt2", "qwen2_vl")
 LENGTHS, END = [40, 26, 6], 60
 CUTS = [0, 40, 41, 42, 43, 44, 45, 46, 49, 50, 51, 58, 59, END]
@@ -36,7 +37,7 @@ def pairs() -> pytest.MarkDecorator:
         pytest.param(tiny, case, id=f"{tiny.name}-{case}", marks=() if tiny.name in FAST else pytest.mark.slow)
         for tiny in zoo.SUPPORTED.values()
         for case in CASES
-        if not tiny.all_sliding and tiny.name != "falcon_h1"
+        if not tiny.all_sliding and tiny.name != "falcon_h1" and tiny.name not in REFUSED[case]
     ]
     return pytest.mark.parametrize("tiny,case", found)
 
@@ -161,7 +162,7 @@ def test_a_kept_suffix_is_the_suffix_alone() -> None:
         assert_close(f"query {n}", got[:, n], want)
 
 
-@pytest.mark.parametrize("case", ["toy-keep", "keydiff"])
+@pytest.mark.parametrize("case", ["toy-keep", "keydiff", "expected"])
 def test_a_prompt_in_chunks_is_never_held_whole(case: str) -> None:
     model = built("llama")
     ids = zoo.prompt(model, 2, END)
@@ -203,3 +204,10 @@ def test_a_layer_that_holds_more_than_keys_is_refused() -> None:
     model = built("falcon_h1")
     with patched(model, "toy-keep", **CASES["toy-keep"]), pytest.raises(CacheError, match="with a DynamicCache"):
         told(model, zoo.prompt(model, 1, END), CUTS[:2])
+
+
+@pytest.mark.parametrize("case", [case for case in EVICTING if case.refused], ids=str)
+def test_models_without_what_a_method_needs_are_refused(case: MethodCase) -> None:
+    for name in (n for n in case.refused if n in zoo.SUPPORTED):
+        with pytest.raises(UnsupportedModelError, match=r"; use"):
+            patch_model(built(name), case.name, **case.settings)

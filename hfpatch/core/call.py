@@ -29,11 +29,15 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What a cache holds of a call's rows: `heads` of its own, their content, and which tokens that is of."""
+    """What a cache holds of a call's rows: `heads` of its own, their content, and which tokens that is of.
+
+    `start` tokens of the batch come before the rows' first, padding.
+    """
 
     heads: int
     content: Callable[[], Tensor]
     places: Callable[[], Tensor | None]
+    start: int = 0
 
 
 @dataclass(eq=False)

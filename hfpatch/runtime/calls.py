@@ -66,7 +66,7 @@ def _held(raw: RawCall, keys: RowSlice, tokens: RowSlice, kept: Kept | None) -> 
         found = None if kept is None else kept.all_places(starts, raw.k.shape[2])
         return None if found is None else keys.take(found)
 
-    return Held(stored.shape[1], own, places)
+    return Held(stored.shape[1], own, places, tokens.start)
 
 
 def steps(call: AttentionCall, several: bool) -> Iterator[tuple[int, AttentionCall]]:
