@@ -43,9 +43,9 @@ class Cropping:
                 "that keeps them all."
             )
 
-    def check(self, raw: RawCall, call: AttentionCall) -> None:
+    def check(self, kept: Kept, call: AttentionCall) -> None:
         """Raise CacheError when these rows want keys that a rule has dropped."""
-        if raw.kept and raw.kept.rule and (self.retain is None or self.retain(call) != raw.kept.rule):
+        if kept.rule and (self.retain is None or self.retain(call) != kept.rule):
             raise CacheError(
                 "This cache has been cropped for another route or another padding; keep both, or process the prompt "
                 "anew."

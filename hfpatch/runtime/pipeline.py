@@ -110,7 +110,8 @@ class LayerRuntime:
             call.states = states
             if chain.stateful and fit_states(states, tokens.rows, tokens.start, before + queries.start):
                 self.notes[_OTHERS] += 1
-            self.cropping.check(raw, call)
+            if kept is not None:
+                self.cropping.check(kept, call)
             for first, step in steps(call, several):
                 plans += _with_routes(step, chain, queries.part(first, step.Lq))
             if chain.stateful:

@@ -55,6 +55,8 @@ class RawCall:
     _total: int | None = None
     _slot: int | None = None
     _sought: bool = False
+    _kept: Kept | None = None
+    _asked: bool = False
 
     @property
     def cache(self) -> Any:
@@ -205,8 +207,10 @@ class RawCall:
 
     @property
     def kept(self) -> Kept | None:
-        """What the cache has left, when hfpatch has dropped keys."""
-        return kept_by(self.cache, self.slot) if self.cache is not None else None
+        """What the cache had left before this call, when hfpatch has dropped keys."""
+        if not self._asked:
+            self._kept, self._asked = kept_by(self.cache, self.slot), True
+        return self._kept
 
     def groups(self) -> list[RowSlice] | str:
         """Rows by the range of their real tokens, or the reason why the mask cannot be read so."""
