@@ -151,6 +151,20 @@ def test_streaming_drops_what_no_query_sees(name: str) -> None:
     assert all(layer.keys.shape[2] == 9 for layer in kept_layers(cache).values())
 
 
+def test_a_row_that_begins_in_a_later_chunk() -> None:
+    """A prompt in chunks, left-padded: one row has not begun when the others drop keys."""
+    model = built("llama")
+    ids = zoo.prompt(model, 2, END)
+    batch, mask = zoo.left_pad(ids, [END, 24])
+    cuts = [0, 20, 30, 40, 41, 50, END]
+    for case, settings in (*CASES.items(), ("streaming", {"sink": 2, "window": 8, "crop_cache": True})):
+        with patched(model, case, **settings):
+            got, cache = told(model, batch, cuts, mask)
+            assert len(kept_layers(cache)) == 3
+            want, _ = told(model, batch[1:, 36:], [0, 4, 5, 14, 24])
+        assert_close(case, got[1, 36:], want[0])
+
+
 def test_a_kept_suffix_is_the_suffix_alone() -> None:
     """With relative positions and one layer, a window without sinks gives what the last tokens give by themselves."""
     config = {**zoo.SUPPORTED["llama"].config, "num_hidden_layers": 1}

@@ -109,11 +109,11 @@ def _starts(raw: RawCall, calls: Calls) -> list[int | None]:
 
 
 def _keep_window(raw: RawCall, calls: Calls, method: str, rule: SinkWindow) -> None:
-    """Leave sink and window, once no row is shorter."""
+    """Leave sink and window, once no row is shorter or has not begun."""
     starts, slots = _starts(raw, calls), rule.sink + rule.window - 1
-    if raw.total != raw.k.shape[2] or any(call.Lk <= slots for call, _ in calls):
+    if raw.total != raw.k.shape[2] or None in starts or any(call.Lk <= slots for call, _ in calls):
         return
-    first = torch.tensor([n or 0 for n in starts], device=raw.k.device)
+    first = torch.tensor(starts, device=raw.k.device)
     kept = Kept(method, rule, raw.total, slots, starts, [0] * len(starts))
     become_kept(cache_layer(raw.cache, raw.slot), kept, lambda x: cut(x, rule, first), 0)
 

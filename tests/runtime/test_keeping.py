@@ -125,19 +125,26 @@ HOW: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "prompt lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": zoo.VOCAB},
     "chunks": {"prefill_chunk_size": 7},
+    "assisted": {"assistant_model": "another", "eos_token_id": zoo.VOCAB},
 }
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_generate_equals_the_oracle(how: str) -> None:
     model = built("llama")
-    ids = zoo.prompt(model, 1, 10).repeat(1, 3) if "lookup" in how else zoo.prompt(model, 2, PROMPT)
+    guessing = how in ("prompt lookup", "assisted")
+    ids = zoo.prompt(model, 1, 10).repeat(1, 3) if guessing else zoo.prompt(model, 2, PROMPT)
     if how == "greedy":
         ids, mask = zoo.left_pad(zoo.prompt(model, 3, PROMPT), [PROMPT, 21, 3])
     else:
         mask = torch.ones_like(ids)
     asked = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False, **HOW[how]}
-    with recorded(model, "toy-keep", **(ONCE if "lookup" in how else TOY)) as (patch, log):
+    if how == "assisted":
+        helper = zoo.SUPPORTED["llama-mha"].build()
+        helper.generation_config.num_assistant_tokens = 3
+        helper.generation_config.num_assistant_tokens_schedule = "constant"
+        asked["assistant_model"] = helper
+    with recorded(model, "toy-keep", **(ONCE if guessing else TOY)) as (patch, log):
         got, layers = model.generate(ids, **asked), patch.layers
     assert log
     with oracle(model, log, layers):
