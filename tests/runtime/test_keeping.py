@@ -1,8 +1,6 @@
 """The cache layer that has dropped keys: it copies, moves, shrinks and refuses as a whole cache under a mask would."""
 
 import copy
-import gc
-import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +14,9 @@ from test_invariants import assert_close, built
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from hfpatch import CacheError, IncompatibleMethodsError, UnsupportedModelError, patch_model, patched, unpatch_model
-from hfpatch.config.registry import make_config
-from hfpatch.runtime.cache_keep import KeptLayer, check_croppable
+from hfpatch import CacheError, UnsupportedModelError, patch_model, patched, unpatch_model
+from hfpatch.runtime.cache_keep import check_croppable
+from hfpatch.runtime.cache_state import FITS
 
 pytestmark = pytest.mark.usefixtures("toys")
 TOY: dict[str, Any] = {**SMALL, "budget": 9, "evict": "both"}
@@ -99,6 +97,25 @@ def test_tokens_taken_back(name: str, back: int) -> None:
         cache.crop(gone)
         want, _ = told(model, other, again, cache=cache)
     assert_close("logits", got, want)
+
+
+def test_what_is_remembered_of_keys_is_cut_to_those_left() -> None:
+    """Row 1 has 12 tokens less than row 0, and both have dropped some: lengths are of the keys that each has left."""
+    model = built("llama")
+    ids, mask = zoo.left_pad(zoo.prompt(model, 2, END), [END, END - 12])
+    cache, told_of = filled(model, ids, mask, budget=14), {}
+
+    class Memory:
+        def __init__(self, row: int) -> None:
+            self.row = row
+
+        def crop(self, length: int) -> None:
+            told_of[self.row] = length
+
+    for layer in cache.layers:
+        layer.hfpatch_states["toy"] = {(row,): {"m": Memory(row), FITS: (12 * row, 32)} for row in (0, 1)}
+    cache.layers[0].crop(-3 if zoo.RELEASE > (5, 4) else 29)
+    assert told_of == {0: 14 + 2 - 3, 1: 14 + 2 - 3}
 
 
 def test_what_was_dropped_cannot_be_taken_back() -> None:
@@ -217,75 +234,3 @@ def test_caches_and_models_that_cannot_drop_keys_are_refused() -> None:
     for method in ("toy-keep", "streaming"):
         with pytest.raises(UnsupportedModelError, match="keys of others"):
             patch_model(shared, method, **({"crop_cache": True} if method == "streaming" else TOY))
-
-
-def test_methods_that_go_by_positions_are_refused_beside_it() -> None:
-    model = built("llama")
-    keep = make_config("toy-keep", TOY)
-    for other in ("streaming", "pattern", "vertical_slash", "act", "snapkv"):
-        with pytest.raises(IncompatibleMethodsError, match="different `layers`"):
-            patch_model(model, [keep, other])
-    with pytest.raises(IncompatibleMethodsError, match="first token"):
-        patch_model(model, [make_config("toy-keep", {**TOY, "sink": 0}), make_config("zerotuning", {})])
-    with patched(model, [keep, "zerotuning", "quest", "block_topk"]):
-        assert kept_layers(told(model, zoo.prompt(model, 1, END), CUTS)[1])
-
-
-def test_quest_chooses_among_what_is_left_and_begins_anew_after_a_drop() -> None:
-    model = built("llama")
-    ids = zoo.prompt(model, 2, END)
-    quest = make_config("quest", {"min_length": 0, "budget": 8, "page": 2})
-    steps = [0, PROMPT, *range(31, END)]
-    with patched(model, [make_config("toy-keep", {**TOY, "budget": 16}), quest]) as patch:
-        got, _ = told(model, ids, steps)
-        assert patch.report().density("decode") < 10 / PROMPT
-        cache, want = DynamicCache(config=model.config), []
-        for a, b in itertools.pairwise(steps):
-            for layer in cache.layers:
-                vars(layer).get("hfpatch_states", {}).clear()
-            want.append(told(model, ids, [a, b], cache=cache)[0])
-    assert_close("logits", got, torch.cat(want, 1))
-
-
-def test_rows_that_end_keep_their_keys_until_they_go_on() -> None:
-    """Right padding: a prompt keeps all its keys; questions of several lengths follow one that dropped some."""
-    model = built("llama")
-    ids = zoo.prompt(model, 3, END)
-    batch, mask = zoo.right_pad(ids, [END, 40, 20])
-    with patched(model, "toy-keep", **TOY), torch.no_grad():
-        assert not kept_layers(told(model, batch, [0, END], mask)[1])
-        cache = model(ids[:1, :PROMPT], use_cache=True).past_key_values
-        cache.batch_repeat_interleave(3)
-        asked, mask = zoo.right_pad(torch.cat([ids[:1].expand(3, -1)[:, :PROMPT], ids[:, PROMPT:]], 1), [END, 40, 33])
-        got = model(asked[:, PROMPT:], attention_mask=mask, past_key_values=cache).logits
-        assert {layer.keys.shape[2] for layer in kept_layers(cache).values()} == {n + 16 for n in (9, 11, 13)}
-        for row, stop in enumerate((END, 40, 33)):
-            want, _ = told(model, torch.cat([ids[:1, :PROMPT], ids[row : row + 1, PROMPT:]], 1), [0, PROMPT, stop])
-            assert_close(f"row {row}", got[row, : stop - PROMPT], want[0, PROMPT:])
-
-
-def test_gradients_flow_and_modes_may_change() -> None:
-    model = zoo.SUPPORTED["llama"].build()
-    ids = zoo.prompt(model, 2, END)
-    with patched(model, "toy-keep", **{**TOY, "interval": 9}):
-        cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
-        for n in range(PROMPT, PROMPT + 3):
-            out = model(ids[:, n : n + 1], past_key_values=cache).logits
-        out.sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-        want, _ = told(model, ids, [0, PROMPT, 31, 32])
-        with torch.inference_mode():
-            cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
-        got, _ = told(model, ids, [PROMPT, 31, 32], cache=cache)
-        assert torch.equal(got, want[:, PROMPT:])
-
-
-def test_nothing_of_the_whole_prompt_stays_alive() -> None:
-    model = built("llama")
-    ids = zoo.prompt(model, 1, 53)
-    with patched(model, "toy-keep", **TOY), torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
-    gc.collect()
-    whole = [x for x in gc.get_objects() if isinstance(x, Tensor) and x.ndim == 4 and 53 in x.shape]
-    assert not whole and len(kept_layers(cache)) == 3
-    assert all(isinstance(layer, KeptLayer) for layer in cache.layers)
