@@ -37,7 +37,7 @@ real-models: $(STAMP)
 # A part of the tests that takes a few minutes: what meets Transformers, with the invariants on every third model.
 PART := tests/test_invariants.py tests/test_cache_state.py tests/test_generation.py tests/test_injection.py \
 	tests/test_layer_choice.py tests/test_patched_in_use.py tests/test_zoo.py tests/test_keywords.py \
-	tests/runtime tests/methods/test_flux_cropped.py
+	tests/runtime tests/methods/test_flux_cropped.py tests/test_eviction.py
 NEWEST ?= transformers>=5.24,<6
 FLOOR ?= transformers==5.2.0
 

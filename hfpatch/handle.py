@@ -12,6 +12,7 @@ from .core.call import Span
 from .core.report import LayerLine, Report
 from .drives import Drives
 from .errors import ConfigError
+from .runtime.cropping import kept_notes
 from .runtime.pipeline import LayerRuntime
 from .runtime.planning import PatchPlan
 from .runtime.survey import AttentionLayer
@@ -47,6 +48,7 @@ class Handle(Drives):
         ]
         seen = sum((rt.notes for _, rt in self._plan), Counter[str]())
         notes = [note for m in self.methods for note in m.notes()]
+        notes += kept_notes((layer.index, rt.cropping) for layer, rt in self._plan)
         notes += [f"{what} ({n} calls)" for what, n in seen.items()] + self._warnings
         if any(rt.in_graph for _, rt in self._plan):
             notes.append("steps that torch.compile has put into one graph are not counted")

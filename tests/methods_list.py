@@ -160,6 +160,18 @@ METHODS = [
     ),
 ]
 
+_KEEP = {"budget": 12, "sink": 2, "window": 5, "interval": 4}
+EVICTING = [  # methods that drop keys, and so have tests of their own: tests/test_eviction.py
+    MethodCase("snapkv", {**_KEEP, "evict": "both", "kernel": 3}, {"budget": 1.0}),
+    MethodCase("keydiff", {**_KEEP, "layers_budget": "pyramid"}, {"budget": 1.0}),
+    MethodCase(
+        "expected",
+        {**_KEEP, "evict": "both", "queries": 6},
+        {"budget": 1.0},
+        refused=("gpt2", "gpt_neox", "gptj", "codegen", "phi3", "deepseek_v3", "qwen2_vl"),
+    ),
+]
+
 ALWAYS = {"dense", "streaming", "block_topk", "quest", "zerotuning"}  # a block, a stateful, a reweighting method
 
 

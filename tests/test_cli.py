@@ -44,6 +44,8 @@ def test_list_one_method_shows_its_settings(run):
     code, out, _ = run("list", "streaming")
     assert code == 0 and "most recent tokens visible" in out and "1024" in out
     assert run("list", "streeming")[0] == 2
+    assert "drops keys from the cache" in run("list", "snapkv")[1]
+    assert "changes nothing" in run("list", "dense")[1]
 
 
 def test_env(run):

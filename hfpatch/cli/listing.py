@@ -57,12 +57,10 @@ def _meaning(meta: Mapping[str, Any]) -> str:
 
 def _facts(cls: type[Method]) -> str:
     method = cls(cls.config_class())
-    facts = [
-        "acts in " + " and ".join(p for p in ("prefill", "decode") if p in method.acts_in)
-        if cls.points()
-        else "changes nothing",
-        CAUSALITY[method.causality],
-    ]
+    what = "drops keys from the cache" if method.retain else "changes nothing"
+    if cls.points():
+        what = "acts in " + " and ".join(p for p in ("prefill", "decode") if p in method.acts_in)
+    facts = [what, CAUSALITY[method.causality]]
     facts += [f"needs {need}" for need in sorted(cls.needs)]
     facts += ["needs training"] if cls.trained else []
     facts += [cls.paper.replace("https://arxiv.org/abs/", "arXiv ")] if cls.paper else []

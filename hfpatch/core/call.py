@@ -1,6 +1,6 @@
 """What a method sees of one attention call: real tokens only, padding already taken away."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -27,6 +27,19 @@ class Forward:
         self.shared: dict[Any, Any] = {}
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a cache holds of a call's rows: `heads` of its own, their content, and which tokens that is of.
+
+    `start` tokens of the batch come before the rows' first, padding.
+    """
+
+    heads: int
+    content: Callable[[], Tensor]
+    places: Callable[[], Tensor | None]
+    start: int = 0
+
+
 @dataclass(eq=False)
 class AttentionCall:
     """One layer call for rows that share their padding; query `n` sits at position `off + n`.
@@ -35,7 +48,8 @@ class AttentionCall:
     `hidden [B, Lq, d_model]` is the attention module's input, `q_pre_rope [B, Lq, Hq, D]` are the queries before
     RoPE for methods whose `needs` name "q_pre_rope". `rows` are the batch rows served; `state` survives from prefill
     to decode and dies with the cache. `spans` are the places named by `Patch.spans`, per row `(start, stop)` in its
-    real tokens. `dropped` keys after the sink are no longer in the cache (see `Method.retain`). From `output` on,
+    real tokens. `dropped` keys are no longer in the cache (see `Method.retain`): what is left lies side by side, and
+    positions are places in it. `held` is there for methods whose `needs` name "cache". From `output` on,
     `selection` is what the call ran with and `lse [B, Hq, Lq]` its log-sum-exp; it may be None after dense attention
     unless a method's `needs` name "lse". `forward` is there for methods whose `needs` name "forward".
     """
@@ -59,6 +73,7 @@ class AttentionCall:
     selection: Selection | None = None
     lse: Tensor | None = None
     forward: Forward | None = None
+    held: Held | None = None
     states: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -90,6 +105,26 @@ class AttentionCall:
     def Lk(self) -> int:
         """Keys so far, this call's included."""
         return self.k.shape[2]
+
+    @property
+    def Hc(self) -> int:
+        """Heads of the cache: Hkv, or 1 where it holds latent vectors (MLA)."""
+        return self.Hkv if self.held is None else self.held.heads
+
+    @property
+    def cached(self) -> Tensor:
+        """What the cache holds as keys `[B, Hc, Lk, D]`; latent vectors whole, with their rotated part."""
+        return self.k if self.held is None or self.held.heads == self.Hkv else self.held.content()
+
+    @property
+    def places(self) -> Tensor | None:
+        """Which of the tokens seen the keys are, `[B, Hc, Lk]`; None where that is all of them, or a rule's."""
+        return None if self.held is None else self.held.places()
+
+    @property
+    def seen(self) -> int:
+        """Tokens so far, those included whose keys were dropped."""
+        return self.Lk + self.dropped
 
     @property
     def off(self) -> int:
@@ -135,6 +170,7 @@ class AttentionCall:
             k=self.k[:, :, :stop],
             v=self.v[:, :, :stop],
             bias=None if self.bias is None else self.bias[..., :stop],
+            held=None,
             hidden=None if self.hidden is None else self.hidden[:, :count],
             q_pre_rope=None if self.q_pre_rope is None else self.q_pre_rope[:, :count],
         )
@@ -145,6 +181,7 @@ class AttentionCall:
         return replace(
             self,
             phase="decode",
+            held=None,
             q=self.q[:, :, n : n + 1],
             k=self.k[:, :, :stop],
             v=self.v[:, :, :stop],
@@ -167,6 +204,7 @@ class AttentionCall:
             k=self.k[pick],
             v=self.v[pick],
             bias=some(self.bias),
+            held=None,
             hidden=some(self.hidden),
             q_pre_rope=some(self.q_pre_rope),
             rows=tuple(self.rows[r] for r in rows),

@@ -10,6 +10,7 @@ from ..errors import IncompatibleMethodsError
 from .call import AttentionCall
 from .graph_step import GraphKeys, GraphStep
 from .learned import Learned, ModelSizes
+from .places import Places
 from .reweight import Columns
 from .selection import Selection, SinkWindow
 
@@ -24,12 +25,17 @@ class Method(Generic[C]):
     `dense_layers` are left out by `pick`, and `min_length` is what `too_short` goes by.
     One instance serves all patched layers of one model; what belongs to a layer or a cache goes into `call.state`
     (set `stateful`). `kinds` are the layer kinds it may act on, `acts_in` the phases: a chunk after a cache counts as
-    prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "q_pre_rope" and "forward"
-    (what layers share in a pass). `causality` says what a later token can change for an earlier one: "yes" nothing,
-    "tile" which keys the queries of its own block see, "no" anything. `positional` methods give sinks and windows,
-    worked out from sizes alone, and compile into one graph; others say `compiles` (see `graph_select`).
-    `retain(call)`, where there is one, names the only keys that the rows of a call will ever look at again; once all
-    rows agree the cache drops the others.
+    prefill, or, if it has few tokens, as so many decode steps. `needs` may name "lse", "q_pre_rope", "forward"
+    (what layers share in a pass) and "cache" (`call.Hc`, `cached`, `places`). `causality` says what a later token can
+    change for an earlier one: "yes" nothing, "tile" which keys the queries of its own block see, "no" anything.
+    `positional` methods give sinks and windows, worked out from sizes alone, and compile into one graph; others say
+    `compiles` (see `graph_select`).
+
+    `retain(call)`, where there is one, is asked when a call is done and names the only keys that its rows will ever
+    look at again: a `SinkWindow`, which goes on dropping once all rows agree, `Places`, a set for now and each head,
+    or None. A layer has one such method, and others on it must not go by positions: `reads` is "content" of those that
+    do not, "first" of those that want the first token in its place (`keeps_first` of what drops), "positions" of those
+    that do.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
@@ -37,8 +43,7 @@ class Method(Generic[C]):
     paper: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     kinds: ClassVar[frozenset[str]] = frozenset({"full"})
-    stateful: ClassVar[bool] = False
-    positional: ClassVar[bool] = False
+    reads: ClassVar[str] = "content"
     trained: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
 
@@ -46,7 +51,10 @@ class Method(Generic[C]):
     _in_graph: ClassVar[bool] = False
     acts_in: frozenset[str] = frozenset({"prefill", "decode"})
     causality: str = "yes"
-    retain: Callable[[AttentionCall], SinkWindow | None] | None = None
+    positional: bool = False
+    stateful: bool = False
+    retain: Callable[[AttentionCall], SinkWindow | Places | None] | None = None
+    keeps_first: bool = False
     needs: frozenset[str] = frozenset()
 
     def __init__(self, config: C, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -162,12 +170,16 @@ def _is_config(thing: Any) -> bool:
 
 
 def check_compatible(methods: Sequence[Method]) -> None:
-    """Raise IncompatibleMethodsError when methods cannot act on one layer: two that route, or name two executors."""
+    """Raise IncompatibleMethodsError when methods cannot act on one layer.
+
+    Two that route, drop keys or name an executor cannot, nor can what goes by positions where others drop keys.
+    """
     routing = [m.name for m in methods if "route" in m.points()]
     if len(routing) > 1:
         raise IncompatibleMethodsError(
             f"{routing[0]!r} and {routing[1]!r} both route the same layer; give them different `layers`."
         )
+    _check_dropping(methods)
     naming = {m.executor: m.name for m in methods if m.executor is not None}
     if len(naming) > 1:
         (one, first), (other, second), *_ = naming.items()
@@ -175,3 +187,19 @@ def check_compatible(methods: Sequence[Method]) -> None:
             f"{first!r} asks for executor {one!r}, {second!r} for {other!r} on the same layer; name one of them, or "
             "give the methods different `layers`."
         )
+
+
+def _check_dropping(methods: Sequence[Method]) -> None:
+    dropping = [m for m in methods if m.retain is not None]
+    if len(dropping) > 1:
+        raise IncompatibleMethodsError(
+            f"{dropping[0].name!r} and {dropping[1].name!r} both drop keys of the same layer; give them different "
+            "`layers`."
+        )
+    for m in methods if dropping else ():
+        if m is not dropping[0] and (m.reads == "positions" or (m.reads == "first" and not dropping[0].keeps_first)):
+            where = "positions" if m.reads == "positions" else "the first token, which is not protected,"
+            raise IncompatibleMethodsError(
+                f"{m.name!r} goes by {where} and {dropping[0].name!r} drops keys of the same layer; give them "
+                "different `layers`."
+            )

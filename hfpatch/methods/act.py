@@ -88,6 +88,7 @@ class ACT(Method[ACTConfig]):
 
     summary = "calibrated attention: less on sinks inside the text"
     paper = "https://arxiv.org/abs/2406.15765"
+    reads = "positions"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"act-paper": {"layers": "2--2"}}
     stateful = True
     causality = "no"

@@ -62,6 +62,7 @@ class Pattern(Method[PatternConfig]):
 
     summary = "static block patterns: sliding, slash, dilated, power, s2"
     paper = "https://arxiv.org/abs/2503.03588"
+    reads = "positions"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "power-attention": {"pattern": "power"},
         "s2-attention": {"pattern": "s2"},

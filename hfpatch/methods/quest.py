@@ -40,7 +40,8 @@ class Quest(Method[QuestConfig]):
 
     Quest, arXiv 2406.10774. At least three pages are kept, the current one among them. The paper chooses per query
     head (head_sharing="head"); heads that share a choice add their bounds up. Prefill stays dense. Bounds are of keys
-    after RoPE: padded rows choose as they would alone with the positions that `generate` gives them.
+    after RoPE: padded rows choose as they would alone with the positions that `generate` gives them. After a method
+    that drops keys it chooses among the rest: ["rocket-prompt", "rocket-decode"] is RocketKV, arXiv 2502.14051.
     """
 
     summary = "decode over the pages with the highest bounds"
@@ -49,7 +50,8 @@ class Quest(Method[QuestConfig]):
     stateful = True
     compiles = True
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "quest-paper": {"dense_layers": 2, "head_sharing": "head"}
+        "quest-paper": {"dense_layers": 2, "head_sharing": "head"},
+        "rocket-decode": {"page": 4, "budget": 256},
     }
 
     def __init__(self, config: QuestConfig, tensors: Mapping[str, Tensor] | None = None) -> None:

@@ -57,6 +57,7 @@ class VerticalSlash(BlockSelector[VerticalSlashConfig]):
 
     summary = "columns and diagonals seen by the last queries"
     paper = "https://arxiv.org/abs/2407.02490"
+    reads = "positions"
     causality = "no"  # the last queries choose for all
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "minference": {"vertical": 1000, "slash": 6096, "head_sharing": "head"},

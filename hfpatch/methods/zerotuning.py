@@ -75,6 +75,7 @@ class ZeroTuning(Method[ZeroTuningConfig]):
     summary = "rescaled attention to the initial token, per head"
     paper = "https://arxiv.org/abs/2505.11739"
     compiles = True
+    reads = "first"
 
     def __init__(self, config: ZeroTuningConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)

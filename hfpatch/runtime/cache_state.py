@@ -82,6 +82,14 @@ def note_fitting(states: dict[Rows, State], rows: Rows, start: int, stop: int) -
             state[FITS] = (start, stop)
 
 
+def forget_keys(layer: Any, rows: set[int]) -> None:
+    """Drop what was worked out from the keys of some rows of a layer, which lie in other places now."""
+    for states in layer.hfpatch_states.values():
+        for state in (state for own, state in states.items() if rows & set(own)):
+            for name in [n for n, value in state.items() if hasattr(value, "crop")]:
+                del state[name]
+
+
 def _move(layer: Any, source: list[int]) -> None:
     layer.hfpatch_states = {name: _moved(states, source) for name, states in layer.hfpatch_states.items()}
     move_graph_states(layer, source)
@@ -102,13 +110,14 @@ def _repeat(layer: Any, repeats: int) -> None:
 
 def _crop(layer: Any, *args: Any, **kwargs: Any) -> None:
     drop_graph_states(layer)
-    length = int(layer.get_seq_length())
+    length, kept = int(layer.get_seq_length()), getattr(layer, "hfpatch_kept", None)
     for states in layer.hfpatch_states.values():
-        for state in states.values():
+        for rows, state in states.items():
             start, stop = state.get(FITS, (0, length))
+            left = length - start - (kept.dropped(rows[0]) if kept else 0)
             for value in state.values():
                 if hasattr(value, "crop"):
-                    value.crop(max(length - start, 0))
+                    value.crop(max(left, 0))
             if FITS in state:
                 state[FITS] = (start, min(stop, length))
 
@@ -169,7 +178,8 @@ def check_keys(layer: Any) -> None:
     """Drop the states if the keys have been changed since, and let go of the keys that were remembered."""
     mark = layer.__dict__.pop("hfpatch_mark", None)
     keys = getattr(layer, "keys", None)
-    if mark is not None and (mark[0] is not keys or mark[1] != _version(keys)) and any(layer.hfpatch_states.values()):
+    changed = mark is not None and (mark[0] is not keys or mark[1] != _version(keys))
+    if changed and (any(layer.hfpatch_states.values()) or hasattr(layer, "hfpatch_kept")):
         layer.hfpatch_states, layer.hfpatch_lost = {}, True
 
 

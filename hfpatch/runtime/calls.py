@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..core.call import AttentionCall, Span
+import torch
+from torch import Tensor
+
+from ..core.call import AttentionCall, Held, Span
 from ..core.method import Method
-from ..core.selection import SinkWindow
 from ..errors import InputError
+from .cache_state import cache_layer
+from .kept import Kept
 from .raw_call import RawCall
 from .row_slice import RowSlice
 
@@ -20,10 +25,10 @@ class Place:
     needs: frozenset[str]
     spans: Mapping[str, Sequence[Span]]
 
-    def call(self, raw: RawCall, phase: str, tokens: RowSlice, kept: SinkWindow | None) -> AttentionCall:
+    def call(self, raw: RawCall, phase: str, tokens: RowSlice, kept: Kept | None) -> AttentionCall:
         """The call of the rows whose real tokens are `tokens`; `kept` is what a cropped cache has left of them."""
         queries = tokens.after(raw.total - raw.q.shape[2])
-        keys = RowSlice(tokens.rows, 0, raw.k.shape[2]) if kept else tokens
+        keys = kept.slots_of(tokens, raw.total, raw.k.shape[2]) if kept else tokens
         hidden = raw.context.hidden
         pre_rope = raw.q_pre_rope if "q_pre_rope" in self.needs else None
         if (len(tokens.rows), queries.length) != (raw.q.shape[0], raw.q.shape[2]):
@@ -35,6 +40,7 @@ class Place:
             dropped=tokens.length - keys.length, hidden=hidden, q_pre_rope=pre_rope,
             module=raw.module, spans=self.spans and self._spans_of(tokens.rows, raw.q.shape[0]),
             forward=raw.context.forward,
+            held=_held(raw, keys, tokens, kept) if "cache" in self.needs and raw.cache is not None else None,
         )  # fmt: skip
 
     def _spans_of(self, rows: Sequence[int], batch: int) -> dict[str, list[Span]]:
@@ -43,6 +49,24 @@ class Place:
             counts = ", ".join(str(len(places)) for places in self.spans.values())
             raise InputError(f"Spans are given for {counts} rows, the batch has {batch}.")
         return {name: [places[r * len(places) // batch] for r in rows] for name, places in self.spans.items()}
+
+
+def _held(raw: RawCall, keys: RowSlice, tokens: RowSlice, kept: Kept | None) -> Held | None:
+    """What the cache holds of these rows, worked out when asked for."""
+    layer: Any = cache_layer(raw.cache, raw.slot)
+    stored = getattr(layer, "keys", None)
+    if not isinstance(stored, Tensor) or stored.ndim != 4:
+        return None
+
+    def own() -> Tensor:
+        return keys.take(torch.cat([layer.keys, layer.values], -1))
+
+    def places() -> Tensor | None:
+        starts = [tokens.start if row in tokens.rows else None for row in range(raw.q.shape[0])]
+        found = None if kept is None else kept.all_places(starts, raw.k.shape[2])
+        return None if found is None else keys.take(found)
+
+    return Held(stored.shape[1], own, places, tokens.start)
 
 
 def steps(call: AttentionCall, several: bool) -> Iterator[tuple[int, AttentionCall]]:

@@ -12,7 +12,6 @@ from ..core.audit import Audit
 from ..core.call import AttentionCall, Span
 from ..core.method import Method
 from ..core.report import PhaseStats
-from ..errors import CacheError
 from .attention_source import AttentionSource
 from .cache_state import fit_states, note_fitting, was_lost
 from .calls import Place, routed, steps
@@ -54,7 +53,8 @@ class LayerRuntime:
         self.notes: Counter[str] = Counter()
         self.in_graph, self.dense_in_graph = False, ""
         prefill, decode = (
-            Chain([m for m in self.methods if m.points() and phase in m.acts_in]) for phase in ("prefill", "decode")
+            Chain([m for m in self.methods if (m.points() or m.retain) and phase in m.acts_in])
+            for phase in ("prefill", "decode")
         )
         self._chains = {"prefill": prefill, "chunk": prefill, "decode": decode}
         self._idle = not prefill.methods and not decode.methods
@@ -116,14 +116,13 @@ class LayerRuntime:
             return self._dense(raw, phase, f"no cache, and {self._later} acts in decode steps" if alone else None)
         groups = raw.blocker() or (chain.stateful and raw.forgetful) or raw.groups()
         if isinstance(groups, str):
-            if raw.kept:
-                raise CacheError(f"{groups} asks for dense attention, but this cache was cropped; start it anew.")
+            self.cropping.refuse(raw, groups)
             return self._dense(raw, phase, groups)
         calls, plans = self._plans(raw, phase, chain, groups, several)
         stats = self._stats(phase)
         stats.calls += 1
         out = execute(raw, plans, stats, self.audit)
-        self.cropping.after(raw, calls)
+        self.cropping.after(raw, calls, groups)
         return out
 
     def _plans(
@@ -141,7 +140,8 @@ class LayerRuntime:
             call.states = states
             if chain.stateful and fit_states(states, tokens.rows, tokens.start, before + queries.start):
                 self.notes[_OTHERS] += 1
-            self.cropping.check(raw, call, tokens)
+            if kept is not None:
+                self.cropping.check(kept, call)
             for first, step in steps(call, several):
                 plans += _with_routes(step, chain, queries.part(first, step.Lq))
             if chain.stateful:

@@ -75,8 +75,9 @@ def execute(
 
 def _leaves_base(raw: RawCall, plans: Sequence[Plan]) -> bool:
     """Whether the model's own attention cannot serve the plans, or a decode step is faster without it."""
+    dropped, keys = raw.kept is not None, raw.k.shape[2]
     for plan in plans:
-        if plan.leaves_base:
+        if plan.leaves_base or (dropped and (raw.q.shape[2] > 1 or plan.call.Lk != keys)):
             return True
     one = len(plans) == 1 and raw.q.shape[2] == 1 and plans[0].chain.executor in (None, "torch")
     return one and raw.base_name == "sdpa" and beats_sdpa(plans[0].call)

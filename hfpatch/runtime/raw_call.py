@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.call import Forward
-from ..core.selection import SinkWindow
 from .attention_source import DISPATCH, AttentionSource, keywords_read
-from .cache_crop import kept_by
+from .cache_keep import kept_by
 from .cache_slot import find_slot, has_room, is_paged, tokens_seen
 from .cache_state import Rows, State, cache_layer, cache_states
+from .kept import Kept
 from .packing import starts_again
 from .padding import length_with_groups, row_groups
 from .row_slice import RowSlice
@@ -56,6 +56,8 @@ class RawCall:
     _slot: int | None = None
     _groups: list[RowSlice] | str | None = None
     _sought: bool = False
+    _kept: Kept | None = None
+    _asked: bool = False
 
     @property
     def cache(self) -> Any:
@@ -211,9 +213,11 @@ class RawCall:
         return None
 
     @property
-    def kept(self) -> SinkWindow | None:
-        """Which keys the cache has kept, when hfpatch has dropped the others."""
-        return kept_by(self.cache, self.slot) if self.total > self.k.shape[2] else None
+    def kept(self) -> Kept | None:
+        """What the cache had left before this call, when hfpatch has dropped keys."""
+        if not self._asked:
+            self._kept, self._asked = kept_by(self.cache, self.slot), True
+        return self._kept
 
     def groups(self) -> list[RowSlice] | str:
         """Rows by the range of their real tokens, or the reason why the mask cannot be read so."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from methods_list import METHODS
+from methods_list import EVICTING, METHODS
 from patch_fuzz import fixed, refused_or_finite, runs
 
 from hfpatch import HfpatchError, MethodConfig, PatchConfig, list_methods
@@ -128,7 +128,7 @@ def settings_of(name: str) -> st.SearchStrategy[dict[str, Any]]:
         f.name: OWN[f.name] if f.name in OWN else fitting(hints[f.name], f.metadata)
         for f in dataclasses.fields(preset)
     }
-    bases = [case.settings for case in METHODS if case.name == preset.method] or [{}]
+    bases = [case.settings for case in [*METHODS, *EVICTING] if case.name == preset.method] or [{}]
     other = st.sampled_from(sorted(fields)).flatmap(lambda f: st.tuples(st.just(f), fields[f]))
     others = st.lists(other, max_size=4).map(dict)
     near = {"layers": None, "dense_layers": 0, "min_length": 0, "boundaries": "novelty"}

@@ -45,6 +45,7 @@ class Dhsa(Method[DhsaConfig]):
 
     summary = "variable key chunks, token budget per query block"
     paper = "https://arxiv.org/abs/2510.24606"
+    reads = "positions"
     stateful = True
     compiles = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -12,6 +12,7 @@ from ...config.layers import parse_layers
 from ...config.method_config import MethodConfig, option
 from ...config.registry import get_method, make_config, register_method, resolve
 from ...core.call import AttentionCall
+from ...core.evicting import check_own_keys
 from ...core.learned import Learned, ModelSizes
 from ...core.method import Method, check_compatible
 from ...core.selection import SinkWindow
@@ -49,10 +50,6 @@ class FluxConfig(MethodConfig):
         self.sparse_settings = resolve(self.sparse)[0].renewed(self.sparse_settings)
 
 
-def _shares_keys(model: Any) -> bool:
-    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
-
-
 @register_method
 class Flux(Method[FluxConfig]):
     """Routes per layer and per row of the batch at the first call of a cache, and keeps to it.
@@ -66,6 +63,7 @@ class Flux(Method[FluxConfig]):
 
     summary = "routes whole layers to full or sparse attention, per prompt"
     paper = "https://arxiv.org/abs/2604.07394"
+    reads = "positions"
     stateful = True
 
     def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -78,8 +76,13 @@ class Flux(Method[FluxConfig]):
                 f"flux cannot route to {config.sparse!r}; `sparse` needs a selecting method."
             )
         self.child = child_class(child_config)
+        if self.child.retain is not None:
+            raise ConfigError(
+                f"flux: {config.sparse!r} drops keys for itself; have flux do it with its own crop_cache."
+            )
         check_compatible([self, self.child])
         self.retain = self._retain if config.crop_cache else None
+        self.keeps_first = isinstance(self.child, Streaming) and self.child.config.sink > 0
         if config.crop_cache and not self._sees_a_window():
             raise ConfigError(
                 "flux: crop_cache=True goes with sparse='streaming' in both phases and question_tokens=0, which alone "
@@ -112,10 +115,8 @@ class Flux(Method[FluxConfig]):
         check_given([self.child], model)
         self.child.prepare(model, layers)
         s = self.config
-        if s.crop_cache and _shares_keys(model):
-            raise UnsupportedModelError(
-                "flux: layers of this model read the keys of others, which crop_cache=True would drop; leave it out."
-            )
+        if s.crop_cache:
+            check_own_keys(model, self.name)
         if s.router == "learned":
             self.routers = self._load_routers(layers)
         elif s.router == "entropy":

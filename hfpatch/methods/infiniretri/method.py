@@ -54,6 +54,7 @@ class InfiniRetri(Method[InfiniRetriConfig]):
 
     summary = "reads beyond the window in chunks, answers from the sentences it kept"
     paper = "https://arxiv.org/abs/2502.12962"
+    reads = "positions"
     acts_in = frozenset({"prefill"})
 
     def __init__(self, config: InfiniRetriConfig, tensors: Mapping[str, Tensor] | None = None) -> None:

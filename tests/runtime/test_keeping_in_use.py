@@ -1,0 +1,101 @@
+"""Patches on a cache that has dropped keys: what may act beside it, rows that end, gradients, what stays alive."""
+
+import gc
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from eviction_helpers import SMALL, kept_layers, told
+from eviction_helpers import toys as toys
+from test_invariants import assert_close, built
+from torch import Tensor
+from transformers import DynamicCache
+
+from hfpatch import IncompatibleMethodsError, patch_model, patched
+from hfpatch.config.registry import make_config
+from hfpatch.runtime.cache_keep import KeptLayer
+
+pytestmark = pytest.mark.usefixtures("toys")
+TOY: dict[str, Any] = {**SMALL, "budget": 9, "evict": "both"}
+PROMPT, END = 30, 46
+CUTS = [0, PROMPT, 31, 32]
+
+
+def test_methods_that_go_by_positions_are_refused_beside_it() -> None:
+    model = built("llama")
+    keep = make_config("toy-keep", TOY)
+    for other in ("streaming", "pattern", "vertical_slash", "act", "snapkv"):
+        with pytest.raises(IncompatibleMethodsError, match="different `layers`"):
+            patch_model(model, [keep, other])
+    with pytest.raises(IncompatibleMethodsError, match="first token"):
+        patch_model(model, [make_config("toy-keep", {**TOY, "sink": 0}), make_config("zerotuning", {})])
+    with patched(model, [keep, "zerotuning", "quest", "block_topk"]):
+        assert kept_layers(told(model, zoo.prompt(model, 1, END), CUTS)[1])
+
+
+def test_quest_chooses_among_what_is_left_and_begins_anew_after_a_drop() -> None:
+    """What it remembers of keys gives what it would find anew, also when tokens are taken back."""
+    model = built("llama")
+    ids, other = zoo.prompt(model, 2, END), zoo.prompt(model, 2, END, seed=1)
+    quest = make_config("quest", {"min_length": 0, "budget": 8, "page": 2})
+
+    def run(forget: bool) -> Tensor:
+        cache, parts = DynamicCache(config=model.config), []
+        for tokens, steps in ((ids, [0, PROMPT, *range(31, 40)]), (other, range(35, END + 1))):
+            for a, b in itertools.pairwise(steps):
+                for layer in cache.layers if forget else ():
+                    vars(layer).get("hfpatch_states", {}).clear()
+                parts.append(told(model, tokens, [a, b], cache=cache)[0])
+            cache.crop(-4 if zoo.RELEASE > (5, 4) else cache.get_seq_length() - 4)
+        return torch.cat(parts, 1)
+
+    with patched(model, [make_config("toy-keep", {**TOY, "budget": 16}), quest]) as patch:
+        got = run(False)
+        assert patch.report().density("decode") < 10 / PROMPT
+        assert_close("logits", got, run(True))
+
+
+def test_rows_that_end_keep_their_keys_until_they_go_on() -> None:
+    """Right padding: a prompt keeps all its keys; questions of several lengths follow one that dropped some."""
+    model = built("llama")
+    ids = zoo.prompt(model, 3, END)
+    batch, mask = zoo.right_pad(ids, [END, 40, 20])
+    with patched(model, "toy-keep", **TOY), torch.no_grad():
+        assert not kept_layers(told(model, batch, [0, END], mask)[1])
+        cache = model(ids[:1, :PROMPT], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(3)
+        asked, mask = zoo.right_pad(torch.cat([ids[:1].expand(3, -1)[:, :PROMPT], ids[:, PROMPT:]], 1), [END, 40, 33])
+        got = model(asked[:, PROMPT:], attention_mask=mask, past_key_values=cache).logits
+        assert {layer.keys.shape[2] for layer in kept_layers(cache).values()} == {n + 16 for n in (9, 11, 13)}
+        for row, stop in enumerate((END, 40, 33)):
+            want, _ = told(model, torch.cat([ids[:1, :PROMPT], ids[row : row + 1, PROMPT:]], 1), [0, PROMPT, stop])
+            assert_close(f"row {row}", got[row, : stop - PROMPT], want[0, PROMPT:])
+
+
+def test_gradients_flow_and_modes_may_change() -> None:
+    model = zoo.SUPPORTED["llama"].build()
+    ids = zoo.prompt(model, 2, END)
+    with patched(model, "toy-keep", **{**TOY, "interval": 9}):
+        cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
+        for n in range(PROMPT, PROMPT + 3):
+            out = model(ids[:, n : n + 1], past_key_values=cache).logits
+        out.sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        want, _ = told(model, ids, [0, PROMPT, 31, 32])
+        with torch.inference_mode():
+            cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
+        got, _ = told(model, ids, [PROMPT, 31, 32], cache=cache)
+        assert torch.equal(got, want[:, PROMPT:])
+
+
+def test_nothing_of_the_whole_prompt_stays_alive() -> None:
+    model = built("llama")
+    ids = zoo.prompt(model, 1, 53)
+    with patched(model, "toy-keep", **TOY), torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    gc.collect()
+    whole = [x for x in gc.get_objects() if isinstance(x, Tensor) and x.ndim == 4 and 53 in x.shape]
+    assert not whole and len(kept_layers(cache)) == 3
+    assert all(isinstance(layer, KeptLayer) for layer in cache.layers)
