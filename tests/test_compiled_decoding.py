@@ -24,7 +24,10 @@ from hfpatch.methods.quest import Quest, QuestConfig
 
 LENGTH, STEPS, SLOTS = 60, 20, 96
 QUEST = {"page": 4, "min_length": 0}
-DHSA = {"budget": 32, "sink": 4, "local": 4, "block_q": 8, "chunk": 3, "longest": 8, "radius": 1, "close_after": 7}
+DHSA = {
+    "boundaries": "novelty", "budget": 32, "sink": 4, "local": 4, "block_q": 8, "chunk": 3, "longest": 8, "radius": 1,
+    "close_after": 7,
+}  # fmt: skip
 PATCHES: dict[str, list[Any]] = {
     "streaming": [("streaming", {"sink": 2, "window": 16})],
     "streaming wider than the cache": [("streaming", {"sink": 2, "window": 95})],

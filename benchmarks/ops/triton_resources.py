@@ -39,6 +39,7 @@ from hfpatch.ops.call import Problem
 KIB = 1024
 SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 SPILLED = {"bfloat16": 0, "float16": 0, "float32": 128}
+WIDE = 128  # bytes that lists of 16,384 chunks may spill: a thousand threads have 64 registers each
 CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
     # name: (queries, key dim, value dim, selection, extras)
     "prefill blocks D64": (2048, 64, 64, "64x64", {}),
@@ -208,7 +209,7 @@ def measured(arch: int, dtypes: list[str], only: str) -> Iterator[tuple[str, str
         for dtype in dtypes if only in name else []:
             FOUND.clear()
             run(getattr(torch, dtype))
-            yield name, dtype, sorted(FOUND, reverse=True)
+            yield name, dtype, sorted(FOUND, key=lambda found: (found[1], found[0]), reverse=True)
 
 
 def table(rows: dict[tuple[str, str], dict[int, tuple[int, int, int]]], archs: list[int]) -> str:
@@ -225,7 +226,7 @@ FOUND: list[tuple[int, int, int]] = []
 
 
 def main() -> int:
-    """Print a line per kernel, or the table, which has of each case the kernel with most registers."""
+    """Print a line per kernel, or the table, which has of each case the kernel that spills or needs most."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=SHARED, default=[80, 90, 100])
     parser.add_argument("--dtype", nargs="+", choices=SPILLED, default=list(SPILLED))
@@ -245,7 +246,7 @@ def main() -> int:
         for name, dtype, found in measured(arch, args.dtype, args.only):
             rows.setdefault((name, dtype), {})[arch] = found[0]
             for n, (registers, spilled, shared) in enumerate(found):
-                bad = spilled > SPILLED[dtype] or shared > SHARED[arch]
+                bad = spilled > (WIDE if "256k" in name else SPILLED[dtype]) or shared > SHARED[arch]
                 wrong += bad
                 what = f"sm_{arch} {name}{', another' * (n > 0)} {dtype}"
                 print(
