@@ -182,10 +182,13 @@ def check_croppable(cache: Any, slot: int | None, layer_idx: int | None) -> None
             "Dropping keys needs modules that use one layer of the cache each; use a method that keeps them all."
         )
     ours = type(layer) in (DynamicLayer, _Followed, KeptLayer)
-    if not ours or getattr(cache, "offloading", False) or hasattr(cache, "self_attention_cache"):
+    offloaded = getattr(cache, "offloading", False)
+    if not ours or offloaded or hasattr(cache, "self_attention_cache"):
+        name = type(cache).__name__
+        name = f"an offloaded {name}" if offloaded else f"{name} of {type(layer).__name__}"
         raise CacheError(
-            f"Dropping keys works with a DynamicCache on the model's device, not with {type(cache).__name__}; use "
-            "that, or a method that keeps them all."
+            f"Dropping keys works with a plain DynamicCache on the model's device, not with {name}; use that, or a "
+            "method that keeps them all."
         )
 
 
