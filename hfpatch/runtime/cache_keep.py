@@ -16,6 +16,7 @@ from ..errors import CacheError
 from .cache_state import cache_layer, following, mark_keys
 from .kept import Kept
 
+ASK = "leave fullgraph=True out, or patch with a method of docs/compiled-decoding.md"
 _OPEN = "hfpatch_open"
 _VIEWS = ("keys", "values", "hfpatch_mark", _OPEN)
 _Followed: Any = following(DynamicLayer)
@@ -37,7 +38,11 @@ class _Keeping(DynamicLayer):
         return self.hfpatch_kept.rule is None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Kept and new keys and values `[B, Hc, kept + new, D]`."""
+        """Kept and new keys and values `[B, Hc, kept + new, D]`; never in a graph of torch.compile."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                msg="hfpatch: this cache has dropped keys, and a graph needs all of them; " + ASK
+            )
         if not self.__dict__.pop(_OPEN, False):
             raise CacheError(
                 "This cache has been cropped to the keys of another patch; patch the model with the same method "
@@ -177,10 +182,13 @@ def check_croppable(cache: Any, slot: int | None, layer_idx: int | None) -> None
             "Dropping keys needs modules that use one layer of the cache each; use a method that keeps them all."
         )
     ours = type(layer) in (DynamicLayer, _Followed, KeptLayer)
-    if not ours or getattr(cache, "offloading", False) or hasattr(cache, "self_attention_cache"):
+    offloaded = getattr(cache, "offloading", False)
+    if not ours or offloaded or hasattr(cache, "self_attention_cache"):
+        name = type(cache).__name__
+        name = f"an offloaded {name}" if offloaded else f"{name} of {type(layer).__name__}"
         raise CacheError(
-            f"Dropping keys works with a DynamicCache on the model's device, not with {type(cache).__name__}; use "
-            "that, or a method that keeps them all."
+            f"Dropping keys works with a plain DynamicCache on the model's device, not with {name}; use that, or a "
+            "method that keeps them all."
         )
 
 

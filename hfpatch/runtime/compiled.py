@@ -13,11 +13,10 @@ from ..core.logits import capped
 from ..core.method import Method
 from ..core.reweight import Columns
 from ..core.selection import SinkWindow
+from .cache_keep import ASK
 from .cache_slot import has_room, layers_of
 from .graph_state import graph_states
 from .raw_call import RawCall
-
-ASK = "leave fullgraph=True out, or patch with a method of docs/compiled-decoding.md"
 
 
 def outside(raw: RawCall, methods: Sequence[Method], key: str) -> str | None:

@@ -229,6 +229,10 @@ def test_caches_and_models_that_cannot_drop_keys_are_refused() -> None:
     both.self_attention_cache.update(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), 0)
     with pytest.raises(CacheError, match="EncoderDecoderCache"):
         check_croppable(both, 0, 0)
+    plain = DynamicCache(config=model.config)
+    plain.offloading = True
+    with pytest.raises(CacheError, match="not with an offloaded DynamicCache"):
+        check_croppable(plain, 0, 0)
     shared = zoo.SUPPORTED["llama"].build()
     shared.config.num_kv_shared_layers = 1
     for method in ("toy-keep", "streaming"):

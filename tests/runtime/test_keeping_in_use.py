@@ -11,6 +11,7 @@ from eviction_helpers import SMALL, kept_layers, told
 from eviction_helpers import toys as toys
 from test_invariants import assert_close, built
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 from transformers import DynamicCache
 
 from hfpatch import IncompatibleMethodsError, patch_model, patched
@@ -99,3 +100,33 @@ def test_nothing_of_the_whole_prompt_stays_alive() -> None:
     whole = [x for x in gc.get_objects() if isinstance(x, Tensor) and x.ndim == 4 and 53 in x.shape]
     assert not whole and len(kept_layers(cache)) == 3
     assert all(isinstance(layer, KeptLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    "method,settings",
+    [
+        ("snapkv", {"sink": 2, "window": 5, "budget": 20}),
+        ("streaming", {"sink": 2, "window": 18, "crop_cache": True}),
+    ],
+)
+@torch.no_grad()
+def test_a_cache_that_has_dropped_keys_is_refused_with_a_reason_or_served_outside(
+    method: str, settings: dict[str, Any]
+) -> None:
+    """Wherever in the call the graph ends, one without `fullgraph` gives what the uncompiled patch does."""
+    model = built("llama")
+    ids = zoo.prompt(model, 2, PROMPT)
+    torch._dynamo.reset()
+    with patched(model, make_config(method, settings)):
+        whole, caches = torch.compile(model, backend="eager"), [DynamicCache(config=model.config) for _ in range(2)]
+        for cache in caches:
+            model(ids, past_key_values=cache)
+        with pytest.raises(Unsupported, match="this cache has dropped keys"):
+            torch.compile(model, backend="eager", fullgraph=True)(ids[:, :1], past_key_values=caches[0])
+        caches[0] = DynamicCache(config=model.config)
+        model(ids, past_key_values=caches[0])
+        for n in range(2):
+            got, want = (
+                m(ids[:, n : n + 1], past_key_values=c).logits for m, c in zip((whole, model), caches, strict=True)
+            )
+            assert_close("logits", got, want)
