@@ -12,7 +12,7 @@ from types import ModuleType
 ROOMS = {
     "core": "call selection blocks method report regroup:reweight learned ops.row_mask",
     "config": "patch_config patch_store layers registry hub",
-    "runtime": "pipeline padding cache_state cache_crop survey injection raw_call",
+    "runtime": "pipeline padding cache_state cache_crop:cache_keep survey injection raw_call",
     "ops": "one_query:torch_decode",
     "files": "json_text output",
     "methods": "dhsa flux infiniretri",

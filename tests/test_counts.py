@@ -25,7 +25,8 @@ TABLE = page.read()
 
 def marks(way: str, case: MethodCase, executor: str) -> tuple[pytest.MarkDecorator, ...]:
     """By default one prompt, each method once by the fused kernel, a few by both executors."""
-    quick = case.name in ALWAYS if executor == "torch" else str(case) in (case.name, "dhsa-queries")
+    first = "dhsa-queries" if case.name == "dhsa" else case.name
+    quick = case.name in ALWAYS if executor == "torch" else str(case) == first
     return () if way == WAYS[0] and quick and not (executor == "torch" and case.label) else (pytest.mark.slow,)
 
 
@@ -53,6 +54,7 @@ def test_no_more_than_the_table_says(way: str, case: MethodCase, executor: str) 
     assert not more, "`make counts` writes the table anew:\n" + "\n".join(more)
 
 
+@pytest.mark.slow
 def test_kernels_that_choose_serve_once_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody named an executor: small problems are looked at first, and not in later steps."""
     monkeypatch.setattr(self_check, "_FOUND", {})

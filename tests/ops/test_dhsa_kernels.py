@@ -160,7 +160,7 @@ def test_scores_of_planes() -> None:
         compare(call, made_table(call, (100,), rotary), room_of(call, 40), "mass", False)
 
 
-@pytest.mark.parametrize("radius", [0, 3, 400])
+@pytest.mark.parametrize("radius", [0, 3, pytest.param(400, marks=pytest.mark.slow)])
 def test_boundaries_beside_better_ones_are_dropped(radius: int) -> None:
     """Equal scores, ramps that settle one entry a round, rows without candidates."""
     score = (torch.randn(4, 301, device=DEVICE) * 5).round()
