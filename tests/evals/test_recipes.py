@@ -136,9 +136,7 @@ def test_shipped_recipes_are_valid_and_say_what_they_answer(name, folder):
 
 OFFLINE = [name for name in list_recipes() if not load_recipe(find_recipe(name)).data.get("needs_network")]
 SHORT = {"lengths": [256], "depths": [50], "samples": 1, "decode_tokens": 2, "repeats": 1}
-
-# all methods, or many tasks, one by one; `make test-slow` runs them
-LONG = {"compare-all", "ruler-like", "quickstart", "latency-memory"}
+LONG = {"compare-all", "ruler-like", "quickstart", "latency-memory"}  # all methods, many tasks: for `make test-slow`
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in OFFLINE])
