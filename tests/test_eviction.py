@@ -218,7 +218,7 @@ def test_the_report_says_what_was_kept_and_when_nothing_was() -> None:
 @pytest.mark.skipif("falcon_h1" not in zoo.SUPPORTED, reason="this release does not have the model")
 def test_a_layer_that_holds_more_than_keys_is_refused() -> None:
     model = built("falcon_h1")
-    with patched(model, "toy-keep", **CASES["toy-keep"]), pytest.raises(CacheError, match="with a DynamicCache"):
+    with patched(model, "toy-keep", **CASES["toy-keep"]), pytest.raises(CacheError, match="with a plain DynamicCache"):
         told(model, zoo.prompt(model, 1, END), CUTS[:2])
 
 
