@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -19,8 +20,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--third", action="store_true", help="run the invariants on every third model of the zoo only")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out two thirds of the models."""
+    """Of a `thin(n)` test all but every n-th case goes to the slow ones; --third leaves out two thirds of the models."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if (thin := item.get_closest_marker("thin")) is not None:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % thin.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1
     if not config.getoption("--third"):
         return
     import zoo

@@ -136,7 +136,7 @@ def test_shipped_recipes_are_valid_and_say_what_they_answer(name, folder):
 
 OFFLINE = [name for name in list_recipes() if not load_recipe(find_recipe(name)).data.get("needs_network")]
 SHORT = {"lengths": [256], "depths": [50], "samples": 1, "decode_tokens": 2, "repeats": 1}
-LONG = {"compare-all", "ruler-like", "quickstart", "latency-memory"}  # all methods, many tasks: for `make test-slow`
+LONG = {"compare-all", "ruler-like", "quickstart", "latency-memory", "infiniretri-beyond-window", "sparse-tour"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in OFFLINE])

@@ -15,6 +15,7 @@ from hfpatch.errors import InputError
 from hfpatch.methods.dhsa import KEY
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("how", ["fixed", "novelty"])
 @pytest.mark.parametrize("question", [0, 7])
 @pytest.mark.parametrize("close_after", [0, 6, 15])

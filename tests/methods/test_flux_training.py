@@ -145,6 +145,7 @@ def test_examples_are_read_and_bad_lines_named(tmp_path: Path) -> None:
         list(read_examples(file, tokenizer, 99))
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_weights_of_one(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("flux_processes.py")), str(tmp_path)]
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}

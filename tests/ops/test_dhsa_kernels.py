@@ -63,6 +63,7 @@ def compare(call: AttentionCall, table: ChunkTable, room: Room, rule: str, share
     assert got.dtype == torch.int32 and torch.equal(got, by_torch(call, table, room, rule, shared))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("shared", [False, True], ids=["group", "all"])
 @pytest.mark.parametrize("rule", sorted(fused.SCORED))
@@ -179,6 +180,7 @@ def test_a_kernel_that_drops_others_is_not_trusted(monkeypatch: pytest.MonkeyPat
     assert "other boundaries" in str(trust._dropped(torch.zeros(0, device=DEVICE)))
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("rule", [*sorted(fused.SCORED), None])
 def test_kernels_are_trusted_once_they_choose_right_in_small(

@@ -45,6 +45,7 @@ def compare(q, k, v, selection, **kw):
     assert_close("lse", ref.lse, got.lse.cpu(), RATIO[q.dtype])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32(shape, name):
@@ -167,6 +168,7 @@ def test_long_lists_are_put_in_order_piece_by_piece():
         assert torch.equal(order[0, 0, n, :count], want.order[0, 0, n, :count].int())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: it compiles for that one")
 def test_compiles_without_spills_for_cards_that_are_not_here():
     script = Path(__file__).parents[2] / "benchmarks" / "ops" / "triton_resources.py"

@@ -33,6 +33,7 @@ FOUND = [*problems._bases(), *problems._sizes(), *problems._decodes(), *problems
 SPECS = list(dict.fromkeys(small(spec) for spec in FOUND))
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 def test_right_in_float64_written_and_the_same_again(spec: Any) -> None:
     p = spec.make(torch.device("cpu"))

@@ -195,6 +195,7 @@ def test_continuous_batching_is_called_by_its_name() -> None:
 GRAPHS = [("llama", s, p) for s in (False, True) for p in (False, True)] + [("gpt_oss", True, True)]
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("name,static,padded", GRAPHS)
 @torch.no_grad()
 def test_streaming_decodes_in_one_graph(name: str, static: bool, padded: bool) -> None:
