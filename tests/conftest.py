@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a `thin(n)` test all but every n-th case goes to the slow ones; --third leaves out two thirds of the models."""
+    """Of a `thin(n)` test every n-th case stays, the others are slow; --third leaves out two thirds of the models."""
     seen: Counter[str] = Counter()
     for item in items:
         if (thin := item.get_closest_marker("thin")) is not None:
