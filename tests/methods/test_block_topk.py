@@ -12,6 +12,7 @@ from hfpatch.methods.block_topk import pooled_weights
 SIZES = [(16, 16), (32, 8), (8, 16)]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", ["group", "head", "all"])
 @pytest.mark.parametrize("budget,floor", [(48, 0), (20, 9), (0.4, 0), (0.3, 40)])

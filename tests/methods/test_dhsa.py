@@ -13,6 +13,7 @@ from hfpatch.methods.dhsa import KEY
 HEADS = [(4, 4), (8, 2), (8, 1)]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("length", [63, 111, 257])
 @pytest.mark.parametrize("how", ["fixed", "novelty"])

@@ -14,6 +14,7 @@ from hfpatch.methods import flash_prefill as module
 from hfpatch.ops import attend
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", ["group", "head", "all"])
 @pytest.mark.parametrize("budget", [None, 64, 0.3])

@@ -59,6 +59,7 @@ def reference(
     return keep
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("shape", SMALL)
 @pytest.mark.parametrize("share", ["group", "head", "all"])
 @pytest.mark.parametrize("extra", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])

@@ -12,6 +12,7 @@ from hfpatch.methods import skip_softmax as module
 ALL = {**SHAPES, **DECODES}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("shape", ALL)
 @pytest.mark.parametrize("share", ["head", "group"])
 @pytest.mark.parametrize("softcap", [None, 4.0])

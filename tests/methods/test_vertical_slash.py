@@ -15,6 +15,7 @@ from hfpatch.methods.vertical_slash import line_sums
 OWN = dict(estimate=16, sink=3, local=6)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", ["group", "head", "all"])
 @pytest.mark.parametrize("sizes", [(1, 1), (8, 1), (16, 8), (8, 16)], ids=str)

@@ -85,6 +85,7 @@ def forgetful(cache: DynamicCache) -> DynamicCache:
     return other
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("question", [0, 5, QUESTION], ids=["decode", "few", "question"])
@@ -128,6 +129,7 @@ def test_untouched_caches_are_not_begun_anew(name: str) -> None:
             assert not any("by hand" in note or "begun anew" in note for note in patch.report().notes)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["quest", "dhsa", "dhsa in decode"])
 @pytest.mark.parametrize("back", [1, 3, ANSWER, ANSWER + 7])
 @pytest.mark.parametrize("question", [0, 5, QUESTION], ids=["decode", "few", "question"])
