@@ -80,7 +80,9 @@ def look(model: nn.Module, ids: Tensor, config: MethodConfig | PatchConfig, laye
                 method.select = watched(method.select)  # type: ignore[method-assign]
         model(ids, use_cache=False)
     if not calls:
-        raise ConfigError(f"Layer {layer} chose no keys in prefill; nothing to draw.")
+        dropping = next((m.name for m in patch.methods if m.retain is not None), None)
+        more = f" What {dropping} keeps in the cache, report() says after a call with one." if dropping else ""
+        raise ConfigError(f"Layer {layer} chose no keys in prefill; nothing to draw.{more}")
     selection: Selection | None = None
     for one in chosen:
         selection = intersect(selection, one)

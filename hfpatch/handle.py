@@ -62,6 +62,7 @@ class Handle(Drives):
         for _, runtime in self._plan:
             runtime.stats.clear()
             runtime.notes.clear()
+            runtime.cropping.held = None
 
     @contextmanager
     def spans(self, **places: Sequence[Span]) -> Iterator[None]:

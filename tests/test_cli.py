@@ -101,7 +101,9 @@ def test_inspect_draws_one_layer_and_says_what_it_saw(run, folder, tmp_path):
     code, text, _ = run(*words, "-p", "dhsa:budget=64,sink=4,local=8,block_q=16,question_tokens=0")
     assert code == 0 and "chunks of" in text and "257 tokens" in text
     code, _, err = run(*words, "-p", "zerotuning")
-    assert code == 2 and "nothing to draw" in err
+    assert code == 2 and err.strip().endswith("nothing to draw.")
+    code, _, err = run(*words, "-p", "keydiff")
+    assert code == 2 and "What keydiff keeps in the cache, report() says" in err
     code, _, err = run(
         *words[:-4], "--head", "9", "-p", "quest+block_topk:budget=64,block_q=16,block_k=16,min_length=0"
     )

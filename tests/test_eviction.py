@@ -207,6 +207,13 @@ def test_the_report_says_what_was_kept_and_when_nothing_was() -> None:
         assert patch.report().notes == ["keydiff: the last cache holds 30.0% of 40 tokens' keys"]
         told(model, ids, [0, 11])
         assert patch.report().notes == ["keydiff has dropped NOTHING: the last cache holds the keys of all 11 tokens"]
+        told(model, ids, CUTS[:2])
+        with torch.no_grad():
+            model(ids[:, :17], output_attentions=True)
+        nothing = "keydiff has dropped NOTHING: the last cache holds the keys of all 17 tokens"
+        assert patch.report().fallbacks() and nothing in patch.report().notes, "a dense call drops none"
+        patch.reset_report()
+        assert not patch.report().notes
     with patched(model, "toy-keep", **CASES["toy-keep"]) as patch:
         told(model, ids, CUTS[:2])
         assert patch.report().notes[0].endswith("keys (0: 22.5%, 1: 27.5%, 2: 32.5%)")

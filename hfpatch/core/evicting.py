@@ -52,8 +52,6 @@ class Evicting(Method[K]):
     No call's own output changes; the next one finds fewer keys.
     """
 
-    keeps_first = True
-
     def __init__(self, config: K, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(config, tensors)
         self.retain = self._retain

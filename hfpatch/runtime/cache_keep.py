@@ -53,7 +53,7 @@ class _Keeping(DynamicLayer):
         new = key_states, value_states
         self.hfpatch_seen += key_states.shape[-2]
         if (rule := self.hfpatch_kept.rule) is not None:
-            keys, values = (torch.cat(pair, dim=-2) for pair in zip((self.keys, self.values), new, strict=True))
+            keys, values = _joined(self.keys, self.values, *new)
             self._show((cut(keys, rule), cut(values, rule)))
             return keys, values
         self._append(new)
@@ -97,10 +97,15 @@ class _Keeping(DynamicLayer):
         back = -tokens_to_remove if tokens_to_remove <= 0 else seen - tokens_to_remove  # old releases name the length
         if back <= 0:
             return
-        if kept.rule or seen - back < kept.seen - kept.tail:
+        if kept.rule:
+            raise CacheError(
+                "This cache keeps a sink and a window alone, which cannot be rolled back: earlier keys are gone; "
+                "use crop_cache=False."
+            )
+        if seen - back < kept.seen - kept.tail:
             raise CacheError(
                 f"This cache has dropped keys and cannot be rolled back by {back} tokens; a longer `window` leaves "
-                "room for that, crop_cache=False of a sink and window keeps everything."
+                "room for that."
             )
         self.hfpatch_kept, self.hfpatch_seen = kept.shortened(seen - back), seen - back
         self._show(self.hfpatch_store, self._filled())

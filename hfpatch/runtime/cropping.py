@@ -33,8 +33,8 @@ class Cropping:
         if self.method is not None:
             open_layer(cache, layer_idx, self.method.name)
 
-    def refuse(self, raw: RawCall, reason: str) -> None:
-        """Raise CacheError where dense attention, the answer to `reason`, would take what is left for the whole."""
+    def dense(self, raw: RawCall, reason: str) -> None:
+        """See a call run dense for a `reason`. Raises CacheError where that would take what is left for the whole."""
         if raw.kept:
             raise CacheError(f"{reason} asks for dense attention, but this cache was cropped; start it anew.")
         if self.retain and raw.cache is None and raw.k.shape[2] > raw.q.shape[2]:
@@ -42,12 +42,14 @@ class Cropping:
                 "The attention module was given keys of earlier calls but no cache that could drop some; use a method "
                 "that keeps them all."
             )
+        if self.retain and raw.cache is not None and raw.total > 0:
+            self.held = raw.total, raw.total
 
     def check(self, kept: Kept, call: AttentionCall) -> None:
         """Raise CacheError when these rows want keys that a rule has dropped."""
         if kept.rule and (self.retain is None or self.retain(call) != kept.rule):
             raise CacheError(
-                "This cache has been cropped for another route or another padding; keep both, or process the prompt "
+                "This cache has been cropped for another route or another window; keep both, or process the prompt "
                 "anew."
             )
 

@@ -38,8 +38,8 @@ class Kept:
         first = {self._first(row, tokens.start) for row in tokens.rows}
         if len(first) != 1 or None in first or tokens.stop < ends:
             raise CacheError(
-                "This cache has been cropped for another route or another padding; keep both, or process the prompt "
-                "anew."
+                "This cache has been cropped for another padding; pass the attention_mask of its tokens with ones for "
+                "the new ones, or process the prompt anew."
             )
         (start,) = first
         assert start is not None

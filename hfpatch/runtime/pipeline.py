@@ -116,7 +116,7 @@ class LayerRuntime:
             return self._dense(raw, phase, f"no cache, and {self._later} acts in decode steps" if alone else None)
         groups = raw.blocker() or (chain.stateful and raw.forgetful) or raw.groups()
         if isinstance(groups, str):
-            self.cropping.refuse(raw, groups)
+            self.cropping.dense(raw, groups)
             return self._dense(raw, phase, groups)
         calls, plans = self._plans(raw, phase, chain, groups, several)
         stats = self._stats(phase)

@@ -123,7 +123,15 @@ def test_what_was_dropped_cannot_be_taken_back() -> None:
     cache = filled(model, zoo.prompt(model, 2, END))
     with pytest.raises(CacheError, match="rolled back by 8 tokens"):
         cache.crop(-8 if zoo.RELEASE > (5, 4) else 24)
+    cache.crop(-7 if zoo.RELEASE > (5, 4) else 25)
+    with pytest.raises(CacheError, match="rolled back by 1 tokens"):
+        cache.crop(-1 if zoo.RELEASE > (5, 4) else 24)
     assert all(layer.is_croppable for layer in cache.layers)
+    with patched(model, "streaming", sink=2, window=5, crop_cache=True):
+        _, cache = told(model, zoo.prompt(model, 2, END), CUTS)
+    with pytest.raises(CacheError, match="use crop_cache=False"):
+        cache.crop(-1 if zoo.RELEASE > (5, 4) else 31)
+    assert not any(layer.is_croppable for layer in cache.layers)
 
 
 def test_a_reset_cache_begins_anew() -> None:
@@ -195,6 +203,14 @@ def test_only_the_method_that_dropped_keys_may_go_on() -> None:
             model(step, past_key_values=cache)
         unpatch_model(model) if method else None
     assert torch.equal(told(model, ids, CUTS)[0], want)
+    with patched(model, "streaming", sink=2, window=5, crop_cache=True):
+        _, cache = told(model, ids, CUTS)
+    with (
+        patched(model, "streaming", sink=2, window=8, crop_cache=True),
+        pytest.raises(CacheError, match="another window"),
+        torch.no_grad(),
+    ):
+        model(step, past_key_values=cache)
     cache = filled(model, ids)
     with patched(model, "toy-keep", **{**SMALL, "budget": 20}), torch.no_grad():
         model(step, past_key_values=cache)  # a set is a set, whatever the settings are now
