@@ -15,7 +15,7 @@ STYLES = {"good": "green", "bad": "red", "": ""}
 
 
 class ViewTable:
-    """A view's table as wide as it may be: small texts beside the others, below them, or left out; nothing else is."""
+    """A view's table as wide as it may be: small texts beside the others, below them, or left out."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -29,9 +29,6 @@ class ViewTable:
             table.columns[0].max_width = None
             if width <= options.max_width:
                 break
-        else:
-            for column in table.columns:
-                column.no_wrap, column.min_width, column.overflow = False, None, "fold"  # on more lines, but whole
         yield table
 
     def _table(self, between: str | None) -> Table:

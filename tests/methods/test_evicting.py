@@ -53,6 +53,8 @@ def snapkv(call: AttentionCall, row: int, kv: int, window: int, kernel: int, poo
             logits = SCALE * call.k[row, kv].double() @ call.q[row, head, n].double()
             if call.softcap is not None:
                 logits = call.softcap * torch.tanh(logits / call.softcap)
+            if call.bias is not None:
+                logits = logits + call.bias[row, head].double()
             seen = call.off + n + 1
             sink = 0.0 if call.sinks is None else float(call.sinks[head].double().exp())
             power = logits[:seen].exp()
@@ -83,9 +85,12 @@ def test_snapkv_keeps_what_the_last_queries_attended_to(shape: str, kernel: int,
             assert got[row, kv].tolist() == want
 
 
-def test_snapkv_counts_soft_caps_and_sinks() -> None:
+@pytest.mark.parametrize("elements", [1, 1 << 24], ids=["head by head", "all heads at once"])
+def test_snapkv_counts_soft_caps_sinks_and_biases(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hfpatch.methods.snapkv.CHUNK_ELEMENTS", elements)
     plain = call_of("gqa4")
-    call = dataclasses.replace(plain, softcap=2.0, sinks=torch.linspace(-3, 5, plain.Hq))
+    bias = 4 * torch.randn(plain.B, plain.Hq, plain.Lk, generator=torch.Generator().manual_seed(1))
+    call = dataclasses.replace(plain, softcap=2.0, sinks=torch.linspace(-3, 5, plain.Hq), bias=bias)
     got = kept("snapkv", call)
     assert got[1, 1].tolist() == plain_set(snapkv(call, 1, 1, 8, 5, "average"), 30, 3, 8)
     assert not torch.equal(got, kept("snapkv", plain))
@@ -129,6 +134,13 @@ def test_sets_are_ascending_hold_both_ends_and_are_of_the_budget(method: str, dt
         assert (index.diff(dim=-1) > 0).all() and index.min() == 0 and index.max() == call.Lk - 1
         assert (index[..., :3] == torch.arange(3)).all()
         assert (index[..., -8:] == torch.arange(call.Lk - 8, call.Lk)).all()
+
+
+def test_sink_and_window_stay_whatever_the_share_and_a_long_interval_has_little_room() -> None:
+    call = call_of("mha")
+    answer = make_method("keydiff", **{**SETTINGS, "budget": 0.05, "interval": 5000}).retain(call)
+    assert answer is not None and answer.index[0, 0].tolist() == [0, 1, 2, *range(55, 63)]
+    assert answer.room == 128
 
 
 @pytest.mark.parametrize("method", ["snapkv", "keydiff"])

@@ -38,10 +38,13 @@ def call_of(shape: tuple[int, int, int, int, int], start: int = 0) -> AttentionC
     return dataclasses.replace(call, q=q, k=k, q_pre_rope=call.q.transpose(1, 2), held=held, scale=0.2)
 
 
-def formula(call: AttentionCall, row: int, kv: int, first: int, covariance: bool, start: int = 0) -> list[float]:
+def formula(
+    call: AttentionCall, row: int, kv: int, first: int, covariance: bool, start: int = 0, turns: bool = True
+) -> list[float]:
     """The published score of every key; queries from number `first` of the call on stand for those to come."""
     groups, steps = call.Hq // call.Hkv, range(start + call.Lk, start + call.Lk + 20)
     rotation = sum(turned(torch.eye(DIM), p) for p in steps).mT / len(steps)  # columns are turned unit vectors
+    rotation = rotation if turns else torch.eye(DIM, dtype=torch.float64)
     total = [0.0] * call.Lk
     for head in range(kv * groups, (kv + 1) * groups):
         q = call.q_pre_rope[row, first:, head].double()
@@ -93,7 +96,8 @@ def test_queries_that_do_not_turn_so_are_refused_and_layers_without_positions_se
     with pytest.raises(UnsupportedModelError, match="no queries before RoPE"):
         method_for().retain(dataclasses.replace(call, q_pre_rope=None))
     still = dataclasses.replace(call, q=call.q_pre_rope.transpose(1, 2))
-    assert method_for().retain(still) is not None
+    want = plain_set(formula(still, 0, 1, 3, True, turns=False), 30, 3, 8)
+    assert method_for().retain(still).index[0, 1].tolist() == want
 
 
 @pytest.mark.parametrize("name", [n for n in ("qwen3", "gemma3_text", "gpt_oss", "smollm3") if n in zoo.SUPPORTED])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from eviction_helpers import SMALL, kept_layers, told
+from eviction_helpers import SMALL, ToyKeep, kept_layers, told
 from eviction_helpers import toys as toys
 from test_invariants import assert_close, built
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from hfpatch import IncompatibleMethodsError, patch_model, patched
 from hfpatch.config.registry import make_config
+from hfpatch.core.places import Places
 from hfpatch.runtime.cache_keep import KeptLayer
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -36,15 +37,21 @@ def test_methods_that_go_by_positions_are_refused_beside_it() -> None:
         assert kept_layers(told(model, zoo.prompt(model, 1, END), CUTS)[1])
 
 
-def test_quest_chooses_among_what_is_left_and_begins_anew_after_a_drop() -> None:
-    """What it remembers of keys gives what it would find anew, also when tokens are taken back."""
+@pytest.mark.parametrize(
+    "evict,cuts", [("both", [0, 30, *range(31, 40)]), ("decode", [0, 30, 31, 67, *range(68, 72)])]
+)
+def test_quest_chooses_among_what_is_left_and_begins_anew_after_a_drop(evict: str, cuts: list[int]) -> None:
+    """What it remembers of keys gives what it would find anew, also when tokens are taken back.
+
+    A chunk of 36 tokens leaves more keys than there were before the drop: their number does not tell it.
+    """
     model = built("llama")
-    ids, other = zoo.prompt(model, 2, END), zoo.prompt(model, 2, END, seed=1)
+    ids, other = zoo.prompt(model, 2, 80), zoo.prompt(model, 2, 80, seed=1)
     quest = make_config("quest", {"min_length": 0, "budget": 8, "page": 2})
 
     def run(forget: bool) -> Tensor:
         cache, parts = DynamicCache(config=model.config), []
-        for tokens, steps in ((ids, [0, PROMPT, *range(31, 40)]), (other, range(35, END + 1))):
+        for tokens, steps in ((ids, cuts), (other, range(cuts[-1] - 4, cuts[-1] + 8))):
             for a, b in itertools.pairwise(steps):
                 for layer in cache.layers if forget else ():
                     vars(layer).get("hfpatch_states", {}).clear()
@@ -52,10 +59,26 @@ def test_quest_chooses_among_what_is_left_and_begins_anew_after_a_drop() -> None
             cache.crop(-4 if zoo.RELEASE > (5, 4) else cache.get_seq_length() - 4)
         return torch.cat(parts, 1)
 
-    with patched(model, [make_config("toy-keep", {**TOY, "budget": 16}), quest]) as patch:
+    with patched(model, [make_config("toy-keep", {**TOY, "budget": 16, "evict": evict}), quest]) as patch:
         got = run(False)
         assert patch.report().density("decode") < 10 / PROMPT
         assert_close("logits", got, run(True))
+
+
+def test_sets_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("llama")
+    for index in (
+        torch.ones(1, 5).long(),
+        torch.ones(1, 3, 5).long(),
+        torch.ones(2, 1, 5).long(),
+        torch.ones(1, 1, 5),
+    ):
+        monkeypatch.setattr(ToyKeep, "_retain", lambda self, call, index=index: Places(index))
+        with (
+            patched(model, "toy-keep", **TOY),
+            pytest.raises(IncompatibleMethodsError, match="give whole numbers"),
+        ):
+            told(model, zoo.prompt(model, 1, PROMPT), CUTS[:2])
 
 
 def test_rows_that_end_keep_their_keys_until_they_go_on() -> None:
@@ -73,6 +96,17 @@ def test_rows_that_end_keep_their_keys_until_they_go_on() -> None:
         for row, stop in enumerate((END, 40, 33)):
             want, _ = told(model, torch.cat([ids[:1, :PROMPT], ids[row : row + 1, PROMPT:]], 1), [0, PROMPT, stop])
             assert_close(f"row {row}", got[row, : stop - PROMPT], want[0, PROMPT:])
+
+
+def test_a_step_that_a_row_sits_out_drops_nothing_of_it() -> None:
+    model = built("llama")
+    ids, mask = zoo.prompt(model, 2, END), torch.ones(2, 31, dtype=torch.long)
+    mask[1, 30] = 0
+    with patched(model, "toy-keep", **{**TOY, "evict": "decode"}):
+        _, cache = told(model, ids, [0, PROMPT])
+        with torch.no_grad():
+            model(ids[:, 30:31], attention_mask=mask, past_key_values=cache)
+    assert not kept_layers(cache)
 
 
 def test_gradients_flow_and_modes_may_change() -> None:
