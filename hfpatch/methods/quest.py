@@ -95,7 +95,7 @@ class Quest(Method[QuestConfig]):
         if self._most(capacity) is None:
             return {}
         size, n = self.config.page, -(-call.Lk // self.config.page)
-        if before is not None:
+        if before is not None and n:  # not a row of padding alone
             high, low = before["ends"][:, :, n - 1].chunk(2, -1)
             torch.aminmax(call.k[:, :, (n - 1) * size :], dim=2, out=(low, high))
             return dict(before)

@@ -68,13 +68,15 @@ def card(device: torch.device) -> int | None:
 
 
 def library(major: int, d: int, dv: int) -> Library | str:
-    """The newest library that is here for cards of this generation and heads this wide, or why there is none."""
+    """The first of the libraries here that is for cards of this generation and heads this wide, or why none is."""
+    if not any(major in known.cards for known in LIBRARIES):
+        return f"no flash-attn is made for cards of compute capability {major}; leave `executor` out"
     here = [known for known in LIBRARIES if major in known.cards and attention_of(known.module) is not None]
     if not here:
         return "no flash-attn for this card is installed; run `pip install 'hfpatch[flash]'`"
     fitting = next((known for known in here if known.fits(major, d, dv)), None)
     names = " and ".join(known.name for known in here)
-    return fitting or f"{names} cannot run keys and values that are {d} and {dv} wide on it"
+    return fitting or f"{names} cannot run keys that are {d} wide and values that are {dv} wide on this card"
 
 
 def _fits_2(major: int, d: int, dv: int) -> bool:

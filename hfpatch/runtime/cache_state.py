@@ -179,6 +179,8 @@ def check_keys(layer: Any) -> None:
     mark = layer.__dict__.pop("hfpatch_mark", None)
     keys = getattr(layer, "keys", None)
     changed = mark is not None and (mark[0] is not keys or mark[1] != _version(keys))
+    if changed:
+        drop_graph_states(layer)
     if changed and (any(layer.hfpatch_states.values()) or hasattr(layer, "hfpatch_kept")):
         layer.hfpatch_states, layer.hfpatch_lost = {}, True
 

@@ -1,6 +1,7 @@
 """DHSA's Triton kernels against its torch code: in Triton's interpreter, on a GPU where there is one."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,8 +214,20 @@ def test_lists_of_other_tokens_are_not_trusted(monkeypatch: pytest.MonkeyPatch) 
     assert found is not None and "are wrong" in found
 
 
-def test_a_cpu_and_other_executors_choose_by_torch() -> None:
+def test_kernels_are_for_a_gpu_and_the_executor_that_is_theirs() -> None:
+    gpu, cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    assert trust._there(gpu, None) and trust._there(gpu, "triton") and not trust._there(gpu, "torch")
+    assert not trust._there(cpu, None) and not trust._there(cpu, "triton")
+
+
+def test_what_kernels_cannot_run_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trust, "_there", lambda x, executor: True)
+
+    def served(call: AttentionCall) -> bool:
+        return trust.serves(call, made_table(call, (30,)), room_of(call, 20), "mass", False, "triton")
+
     call = made_call((4, 2), 40, batch=1)
-    table, room = made_table(call, (30,)), room_of(call, 20)
-    assert DEVICE == "cuda" or not trust.serves(call, table, room, "mass", False, None)
-    assert not trust.serves(call, table, room, "mass", False, "torch")
+    assert served(call) and served(made_call((4, 2), 40, d=256)) and not served(made_call((4, 2), 40, d=264))
+    assert not served(replace(call, q=call.q.double()))
+    monkeypatch.setattr(fused, "MOST_CHUNKS", 1)
+    assert not served(call)
